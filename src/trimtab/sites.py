@@ -34,9 +34,7 @@ MODULE_SIDES = ("output", "input", "grad_output", "grad_input")
 
 _LAYER = re.compile(r"layers\.(?P<layers>\*|\{[^{}]*\}|-?\d+(?:-\d+)?)\.(?P<point>\w+)")
 _RANGE = re.compile(r"(?P<first>-?\d+)(?:-(?P<last>\d+))?")
-_GRAMMAR = (
-    "embed, final_norm, logits, layers.<L>.<point> (L: 3, -1, 4-8, {0,12} or *) or module:<path>.output"
-)
+_GRAMMAR = "embed, final_norm, logits, layers.<L>.<point> (L: 3, -1, 4-8, {0,12} or *) or module:<path>.output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +133,7 @@ class SitePattern:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise SiteError(f"{text!r} is not a site: {hint}a site is {_GRAMMAR}")
         if match["point"] not in LAYER_POINTS:
-            near = difflib.get_close_matches(match["point"], LAYER_POINTS, n=3, cutoff=0.3) or list(
-                LAYER_POINTS
-            )
+            near = difflib.get_close_matches(match["point"], LAYER_POINTS, n=3, cutoff=0.3) or list(LAYER_POINTS)
             raise SiteError(
                 f"{text!r}: no point {match['point']!r}; nearest: {', '.join(near)}; all: {', '.join(LAYER_POINTS)}"
             )
@@ -179,9 +175,7 @@ class SitePattern:
 
     def matches(self, site: Site) -> bool:
         """Whether a resolved site belongs to this pattern (no negative layers except in `*`)."""
-        if (site.point, site.module) != (self.point, self.module) or (site.layer is None) != (
-            not self.ranges
-        ):
+        if (site.point, site.module) != (self.point, self.module) or (site.layer is None) != (not self.ranges):
             return False
         if site.layer is None:
             return True
@@ -205,11 +199,7 @@ def resolve_sites(
         SiteError: nothing was given, a layer outside the model, or a point that a layer does not have.
     """
     listed = [patterns] if isinstance(patterns, (str, Site, SitePattern)) else list(patterns)
-    parsed = [
-        SitePattern.parse(one)
-        for item in listed
-        for one in (_split(item) if isinstance(item, str) else [item])
-    ]
+    parsed = [SitePattern.parse(one) for item in listed for one in (_split(item) if isinstance(item, str) else [item])]
     if not parsed:
         raise SiteError(f"no site was given; a site is {_GRAMMAR}")
     found: set[Site] = set()
@@ -231,26 +221,20 @@ def _split(text: str) -> list[str]:
     return [part for part in re.split(r"[;\s]+|,(?![^{}]*\})", text.strip()) if part]
 
 
-def _present(
-    pattern: SitePattern, sites: tuple[Site, ...], points: Callable[[int], Sequence[str]]
-) -> tuple[Site, ...]:
+def _present(pattern: SitePattern, sites: tuple[Site, ...], points: Callable[[int], Sequence[str]]) -> tuple[Site, ...]:
     present = tuple(site for site in sites if site.layer is None or site.point in points(site.layer))
     every = pattern.ranges == ((0, -1),)
     if len(present) < len(sites) and not (every and present):
         missing = next(site for site in sites if site not in present)
         assert missing.layer is not None
-        raise SiteError(
-            f"this model has no {missing}; layer {missing.layer} has: {', '.join(points(missing.layer))}"
-        )
+        raise SiteError(f"this model has no {missing}; layer {missing.layer} has: {', '.join(points(missing.layer))}")
     return present
 
 
 def _resolve(index: int, num_layers: int, pattern: SitePattern) -> int:
     layer = index + num_layers if index < 0 else index
     if not 0 <= layer < num_layers:
-        raise SiteError(
-            f"{pattern}: layer {index} is outside this model, which has layers 0 to {num_layers - 1}"
-        )
+        raise SiteError(f"{pattern}: layer {index} is outside this model, which has layers 0 to {num_layers - 1}")
     return layer
 
 

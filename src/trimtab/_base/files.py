@@ -54,9 +54,7 @@ def safe_name(name: str, what: str = "name") -> str:
         InputError: it is empty, too long, or holds a separator or other character outside A-Z a-z 0-9 . _ -
     """
     if not _SAFE.fullmatch(name) or ".." in name:
-        raise InputError(
-            f"{what} {name!r}: use 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit"
-        )
+        raise InputError(f"{what} {name!r}: use 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or digit")
     return name
 
 
