@@ -94,9 +94,9 @@ def test_a_star_skips_layers_without_the_point_and_a_number_does_not() -> None:
         return ("resid_post", "q") if layer % 2 else ("resid_post",)
 
     assert [site.layer for site in resolve_sites("layers.*.q", 4, points)] == [1, 3]
-    with pytest.raises(SiteError, match="no layers.2.q; layer 2 has: resid_post"):
+    with pytest.raises(SiteError, match=r"no layers\.2\.q; layer 2 has: resid_post"):
         resolve_sites("layers.2.q", 4, points)
-    with pytest.raises(SiteError, match="no layers.0.k"):
+    with pytest.raises(SiteError, match=r"no layers\.0\.k"):
         resolve_sites("layers.*.k", 4, points)
 
 
