@@ -1,0 +1,66 @@
+"""`trimtab trace ls, show, verify, repair, prune`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+from trimtab.cli._call import Call, Output, run
+from trimtab.cli._options import given
+
+
+def ls(path: Path, /, *, output: Output = Output()) -> int:
+    """List what a trace holds.
+
+    Args:
+        path: directory of the trace.
+    """
+    return run(Call(function="trimtab.trace.ls", args=(path,)), output)
+
+
+def show(path: Path, record: int, /, *, output: Output = Output()) -> int:
+    """Show one record.
+
+    Args:
+        path: directory of the trace.
+        record: record id, as ls prints it.
+    """
+    return run(Call(function="trimtab.trace.show", args=(path, record)), output)
+
+
+def verify(path: Path, /, *, output: Output = Output()) -> int:
+    """Re-hash every tensor.
+
+    Args:
+        path: directory of the trace.
+    """
+    return run(Call(function="trimtab.trace.verify", args=(path,)), output)
+
+
+def repair(path: Path, /, *, output: Output = Output()) -> int:
+    """Rebuild the index of an interrupted trace from its shards.
+
+    Args:
+        path: directory of the trace.
+    """
+    return run(Call(function="trimtab.trace.repair", args=(path,)), output)
+
+
+def prune(
+    path: Path,
+    /,
+    *,
+    sites: str | None = None,
+    dry_run: Annotated[bool, Parameter(negative="")] = False,
+    output: Output = Output(),
+) -> int:
+    """Delete records that are not needed.
+
+    Args:
+        path: directory of the trace.
+        sites: keep these sites only.
+        dry_run: say what would go, and delete nothing.
+    """
+    return run(Call(function="trimtab.trace.prune", args=(path,), kwargs=given(sites=sites, dry_run=dry_run)), output)
