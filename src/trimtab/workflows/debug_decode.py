@@ -1,0 +1,252 @@
+"""The quick check: one prompt, two precisions, step by step."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab._base.progress import Progress, progress
+from trimtab.backends import Backend, Capture, Generation, Request, open_backend
+from trimtab.errors import InputError, SteeringError
+from trimtab.results import DecodeComparison, DecodeStep
+from trimtab.sites import Site
+from trimtab.steering import Steering
+from trimtab.trace import Trace, TraceWriter
+from trimtab.workflows._agreement import match
+from trimtab.workflows._drift import Side, cap_steps, final_edit, logprob_steps, row_metrics
+from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
+from trimtab.workflows.run import as_prompt
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """One of the two precisions."""
+
+    label: str
+    dtype: str
+    math: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Ran:
+    """What one precision did: free, and along the reference's tokens."""
+
+    setting: _Setting
+    free: Generation
+    side: Side
+
+
+def debug_decode(
+    model: Any,
+    prompt: str,
+    *,
+    steering: SteeringInput,
+    compare_precision: str | None = None,
+    compare_dtype: str | None = None,
+    max_tokens: int = 32,
+    logprobs: int = 5,
+    dtype: str = "bfloat16",
+    backend: str = "hf",
+    device: str | None = None,
+    batch_size: int = 1,
+    allow_fallback: bool = False,
+    engine: Mapping[str, Any] | None = None,
+) -> DecodeComparison:
+    """Generate once in each of two precisions, then feed both the reference's tokens and compare every step.
+
+    The reference is the side named by `compare_precision` or `compare_dtype`.
+
+    Args:
+        model: a directory, a hub id, or "testbed".
+        prompt: what the model continues.
+        steering: a `Steering`, a `Steer`, or the path of a steering file; one site.
+        compare_precision: the reference does the op's arithmetic in this dtype (default: float32).
+        compare_dtype: the reference runs the model in this dtype, with op arithmetic in float32.
+        max_tokens: decode steps.
+        logprobs: how many most probable tokens are compared at each step.
+        dtype: the model's dtype on the side under test; its op arithmetic is the model's.
+        backend: "hf", "mock" or "vllm".
+        device: where the model runs.
+        batch_size: kept for symmetry with the other calls; there is one prompt.
+        allow_fallback: steer a model whose family is unknown.
+        engine: settings of the vLLM engine.
+
+    Raises:
+        InputError: both or an equal precision on both sides.
+        SteeringError: no steering, or ops at several sites.
+
+    Example:
+        >>> tt.debug_decode("testbed", "The old keeper", steering=tt.Steer(vector="random:0", layer=2, cap=5.0))
+    """
+    tested, reference = _settings(dtype, compare_precision, compare_dtype)
+    request = Request(id="prompt-0000", prompt=as_prompt(prompt), max_new_tokens=max_tokens, logprobs=max(2, logprobs))
+    options = {"device": device, "batch_size": 1, "allow_fallback": allow_fallback, "engine": engine}
+    options = {key: value for key, value in options.items() if value is not None}
+    with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch, progress("debug-decode", 4) as bar:
+        ran: list[_Ran] = []
+        runner: Backend | None = None
+        try:
+            for setting in (reference, tested):
+                if runner is None or runner.info.dtype != setting.dtype:
+                    if runner is not None:
+                        runner.close()
+                    runner = open_backend(backend, model, dtype=setting.dtype, **options)
+                spec = build_steering(steering, runner.info)
+                if spec is None:
+                    raise SteeringError(
+                        "debug-decode looks at an op: give a vector with a layer and a cap, or a steering file"
+                    )
+                place = Path(scratch) / setting.label
+                ran.append(_run(runner, setting, with_math(spec, setting.math), request, ran, place, bar))
+        finally:
+            if runner is not None:
+                runner.close()
+        assert spec is not None
+        return _compare(ran[0], ran[1], model=runner.model_id, prompt=prompt, steering=spec)
+
+
+def _settings(dtype: str, precision: str | None, other: str | None) -> tuple[_Setting, _Setting]:
+    if precision is not None and other is not None:
+        raise InputError("give compare_precision (the op's arithmetic) or compare_dtype (the model's), not both")
+    if other is not None:
+        if other == dtype:
+            raise InputError(f"both sides would run the model in {dtype}; give another compare_dtype")
+        return _Setting(dtype, dtype, "model"), _Setting(other, other, "float32")
+    precision = precision or "float32"
+    if precision in ("model", dtype):
+        raise InputError(f"both sides would do the op's arithmetic in {dtype}; give another compare_precision")
+    return _Setting(f"{dtype}, op in {dtype}", dtype, "model"), _Setting(
+        f"{dtype}, op in {precision}", dtype, precision
+    )
+
+
+def _run(
+    runner: Backend,
+    setting: _Setting,
+    spec: Steering | None,
+    request: Request,
+    before: Sequence[_Ran],
+    place: Path,
+    bar: Progress,
+) -> _Ran:
+    assert spec is not None
+    bar.describe(f"{setting.label}: free")
+    steered = _with(request, spec, None)
+    free = runner.generate([steered])[0]
+    bar.advance()
+    tokens = before[0].free.token_ids if before else free.token_ids
+    site = one_site(spec, runner.info.num_layers)
+    bar.describe(f"{setting.label}: along the reference's tokens")
+    capture = Capture(sites=(str(site),), edit=("before", "after"), positions="response")
+    with TraceWriter(place, kind="generation") as writer:
+        runner.generate([_with(request, spec, tokens)], capture=capture, writer=writer)
+    bar.advance()
+    trace = Trace.open(place)
+    return _Ran(setting, free, Side(setting.label, trace, trace.tokens))
+
+
+def _with(request: Request, spec: Steering, forced: tuple[int, ...] | None) -> Request:
+    return Request(
+        id=request.id,
+        prompt=request.prompt,
+        steering=spec,
+        max_new_tokens=request.max_new_tokens,
+        logprobs=request.logprobs,
+        forced_tokens=forced,
+    )
+
+
+def one_site(steering: Steering, num_layers: int) -> Site:
+    """Return the only site of a steering.
+
+    Raises:
+        SteeringError: it has several.
+    """
+    sites = {site for one in steering.bound for site in one.site.resolve(num_layers)}
+    if len(sites) != 1:
+        names = ", ".join(sorted(str(site) for site in sites))
+        raise SteeringError(f"debug-decode looks at one site, and this steering has {len(sites)}: {names}")
+    return sites.pop()
+
+
+def _compare(reference: _Ran, tested: _Ran, *, model: str, prompt: str, steering: Steering) -> DecodeComparison:
+    found = match(reference.free.token_ids, tested.free.token_ids)
+    site = reference.side.trace.index["site"][0]
+    reason = (
+        f"the same {len(tested.free.token_ids)} tokens"
+        if found.first_divergence is None
+        else f"tokens differ from step {found.first_divergence}: {found.ratio:.1%} are equal"
+    )
+    return DecodeComparison(
+        passed=found.first_divergence is None,
+        reason=reason,
+        model=model,
+        prompt=prompt,
+        site=site,
+        steering=describe(steering),
+        label=tested.setting.label,
+        reference_label=reference.setting.label,
+        text=tested.free.text,
+        reference_text=reference.free.text,
+        match_ratio=found.ratio,
+        first_divergence=found.first_divergence,
+        steps=tuple(_steps(reference.side, tested.side, site)),
+    )
+
+
+def _steps(reference: Side, tested: Side, site: str) -> list[DecodeStep]:
+    count = len(reference.forced(0).ids)
+    positions = [position - 1 for position in reference.forced(0).positions]
+    tables = {edit: _rows(reference.trace, tested.trace, site, edit) for edit in ("before", "after")}
+    caps = {step.step: step for step in cap_steps(reference, tested, 0, count)}
+    reference_caps = {step.step: step for step in cap_steps(reference, reference, 0, count)}
+    names = dict(zip(reference.tokens["token_id"].to_list(), reference.tokens["text"].to_list(), strict=True))
+    names |= dict(zip(tested.tokens["token_id"].to_list(), tested.tokens["text"].to_list(), strict=True))
+    logprobs = {step.step: step for step in logprob_steps(reference, tested, 0, count, names)}
+    steps = []
+    for step in range(count):
+        top, cap, other = logprobs[step], caps.get(step), reference_caps.get(step)
+        before, after = (
+            {key: float(column[step]) for key, column in tables[edit].items()} for edit in ("before", "after")
+        )
+        steps.append(
+            DecodeStep(
+                step=step,
+                position=positions[step],
+                reference_token=top.reference_top,
+                token=top.top,
+                same_token=top.same_top,
+                reference_margin=top.reference_margin,
+                max_abs_before=before["max_abs"],
+                mean_abs_before=before["mae"],
+                rmse_before=before["rmse"],
+                max_abs_after=after["max_abs"],
+                mean_abs_after=after["mae"],
+                rmse_after=after["rmse"],
+                rel_l2_after=after["rel_l2"],
+                max_ulp_after=int(after["max_ulp"]) if after["max_ulp"] >= 0 else None,
+                cap_delta=math.nan if cap is None else cap.cap_delta,
+                reference_cap_delta=math.nan if other is None else other.cap_delta,
+                clamped=cap is not None and cap.clamped,
+                reference_clamped=other is not None and other.clamped,
+                delta_top_logprob=top.delta_top,
+                max_delta_logprob=top.max_delta,
+                shared_top=top.shared,
+                num_top=top.num_top,
+            )
+        )
+    return steps
+
+
+def _rows(reference: Trace, tested: Trace, site: str, edit: str) -> dict[str, torch.Tensor]:
+    ours, theirs = (
+        trace.rows(site=site, prompt=0, edit=edit if edit in trace.index["edit"].to_list() else final_edit(trace, site))
+        for trace in (reference, tested)
+    )
+    return row_metrics(ours.values, theirs.values)

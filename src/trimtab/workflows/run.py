@@ -1,0 +1,315 @@
+"""Run a model once, steered or not: print the text, or write its hidden states to a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal
+
+import polars as pl
+
+from trimtab._base import provenance
+from trimtab._base.progress import progress
+from trimtab.backends import Backend, Capture, Generation, Message, Prompt, Request, Sampling, open_backend
+from trimtab.errors import ComparisonError, InputError
+from trimtab.results import GeneratedText, GenerationRun
+from trimtab.steering import Positions, Steering
+from trimtab.trace import Trace, TraceWriter
+from trimtab.workflows._steer import SteeringInput, build_steering, describe
+
+PromptInput = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message]
+MODEL_OPTIONS = ("dtype", "backend", "device", "batch_size", "allow_fallback", "engine", "tokenizer")
+
+
+def generate(
+    model: Any = "testbed",
+    prompts: str | Sequence[PromptInput] = (),
+    *,
+    steering: SteeringInput = None,
+    max_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ignore_eos: bool = False,
+    logprobs: int = 0,
+    allow_unfired: bool = False,
+    out: str | Path | None = None,
+    dtype: str = "float32",
+    backend: str = "hf",
+    device: str | None = None,
+    batch_size: int = 8,
+    allow_fallback: bool = False,
+    engine: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> GenerationRun:
+    """Run a model, steered or not, and return the texts.
+
+    Args:
+        model: a directory, a hub id, "testbed", or an `nn.Module` (with its `tokenizer`).
+        prompts: text, token ids, or chat messages (`{"role", "content"}`); one or several.
+        steering: a `Steering`, a `Steer`, or the path of a steering file.
+        max_tokens: tokens to generate for each prompt.
+        temperature: 0 takes the most probable token.
+        seed: seed of the sampler; each prompt has its own stream.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: log-probabilities of so many most probable tokens are kept in the trace.
+        allow_unfired: an op that selects no row is reported instead of refused.
+        out: directory for a trace of tokens and doses; None writes none.
+        dtype: the model's dtype.
+        backend: "hf", "mock" or "vllm".
+        device: where the model runs; None takes the best there is.
+        batch_size: prompts per batch.
+        allow_fallback: steer a model whose family is unknown.
+        engine: settings of the vLLM engine.
+        tokenizer: with an `nn.Module`.
+
+    Returns:
+        Texts with their doses.
+
+    Raises:
+        InputError: no prompt, or one that is empty.
+        SiteError: a site that this model does not have.
+        UnfiredError: an op selected no row, unless `allow_unfired`.
+
+    Example:
+        >>> tt.generate("testbed", ["The old keeper"], steering=tt.Steer(vector="random:0", layer=2, cap=5.0))
+    """
+    requests = [_request(index, prompt) for index, prompt in enumerate(_listed(prompts))]
+    options = {name: value for name, value in locals().items() if name in MODEL_OPTIONS}
+    with closing(_open(model, options)) as runner:
+        spec = build_steering(steering, runner.info)
+        requests = [
+            _complete(
+                one, spec, max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos, logprobs=logprobs
+            )
+            for one in requests
+        ]
+        made = _run(runner, requests, out, capture=None, allow_unfired=allow_unfired, steering=spec)
+        texts = tuple(_text(runner, one) for one in made)
+        return GenerationRun(
+            model=runner.model_id,
+            backend=runner.name,
+            dtype=runner.info.dtype,
+            steering=describe(spec),
+            steering_digest="" if spec is None else spec.digest,
+            texts=texts,
+            trace=None if out is None else str(out),
+        )
+
+
+def capture(
+    model: Any = "testbed",
+    prompts: str | Sequence[PromptInput] = (),
+    *,
+    sites: str | Sequence[str],
+    out: str | Path,
+    positions: str | Positions = "all",
+    edit: Literal["after", "before", "both"] = "after",
+    along: Trace | str | Path | None = None,
+    steering: SteeringInput = None,
+    max_tokens: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    ignore_eos: bool = False,
+    logprobs: int = 0,
+    allow_unfired: bool = False,
+    max_bytes: int | None = None,
+    dtype: str = "float32",
+    backend: str = "hf",
+    device: str | None = None,
+    batch_size: int = 8,
+    allow_fallback: bool = False,
+    engine: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
+) -> Trace:
+    """Run a model, steered or not, and write its hidden states, tokens and doses to a trace.
+
+    A request of P prompt tokens and g generated ones has P + max(g - 1, 0) rows, before `positions` selects among them.
+
+    Args:
+        model: a directory, a hub id, "testbed", or an `nn.Module` (with its `tokenizer`).
+        prompts: text, token ids, or chat messages; one or several. With `along` they must be those of that trace.
+        sites: patterns such as "layers.*.resid_post"; one or several.
+        out: directory of the trace; it must not exist.
+        positions: rows to keep, in the language of positions.
+        edit: hidden states after steering, before it, or both.
+        along: a trace whose generated tokens are fed instead of the model's own (teacher forcing).
+        steering: a `Steering`, a `Steer`, or the path of a steering file.
+        max_tokens: tokens to generate for each prompt.
+        temperature: 0 takes the most probable token.
+        seed: seed of the sampler.
+        ignore_eos: go on after an end-of-sequence token.
+        logprobs: log-probabilities of so many most probable tokens are kept.
+        allow_unfired: an op that selects no row is reported instead of refused.
+        max_bytes: refuse to write more than this.
+        dtype: the model's dtype.
+        backend: "hf", "mock" or "vllm".
+        device: where the model runs; None takes the best there is.
+        batch_size: prompts per batch.
+        allow_fallback: steer a model whose family is unknown.
+        engine: settings of the vLLM engine.
+        tokenizer: with an `nn.Module`.
+
+    Returns:
+        The trace, open.
+
+    Raises:
+        InputError: no prompt, or one that is empty.
+        SiteError: a site that this model does not have.
+        TraceExistsError: `out` already holds a run.
+
+    Example:
+        >>> ref = tt.capture("testbed", ["The old keeper"], sites="layers.*.resid_post", out="runs/ref")
+    """
+    requests = [_request(index, prompt) for index, prompt in enumerate(_listed(prompts))]
+    options = {name: value for name, value in locals().items() if name in MODEL_OPTIONS}
+    edits: dict[str, tuple[Literal["before", "after"], ...]] = {"both": ("before", "after"), "before": ("before",)}
+    wanted = Capture(
+        sites=(sites,) if isinstance(sites, str) else tuple(sites),
+        positions=positions,
+        edit=edits.get(edit, ("after",)),
+    )
+    with closing(_open(model, options)) as runner:
+        spec = build_steering(steering, runner.info)
+        forced = None if along is None else _forced(along, requests, runner)
+        requests = [
+            _complete(
+                one,
+                spec,
+                max_tokens,
+                temperature=temperature,
+                seed=seed,
+                ignore_eos=ignore_eos,
+                logprobs=logprobs,
+                forced=None if forced is None else forced[one.prompt_index],
+            )
+            for one in requests
+        ]
+        _run(runner, requests, out, capture=wanted, allow_unfired=allow_unfired, steering=spec, max_bytes=max_bytes)
+    return Trace.open(out)
+
+
+def as_prompt(given: PromptInput) -> Prompt:
+    """Return a prompt as backends take it.
+
+    Raises:
+        InputError: it is empty, or neither text, token ids nor messages.
+    """
+    if isinstance(given, str):
+        if not given.strip():
+            raise InputError("a prompt is empty; give at least one word")
+        return given
+    items = tuple(given)
+    if not items:
+        raise InputError("a prompt is empty; give at least one token or message")
+    if all(isinstance(item, int) for item in items):
+        return tuple(int(item) for item in items)  # type: ignore[arg-type]
+    if all(isinstance(item, Message) for item in items):
+        return items  # type: ignore[return-value]
+    if all(isinstance(item, Mapping) and set(item) == {"role", "content"} for item in items):
+        return tuple(Message(role=item["role"], content=item["content"]) for item in items)  # type: ignore[index,call-overload]
+    raise InputError("a prompt is text, token ids, or messages with exactly the keys role and content")
+
+
+def _listed(prompts: str | Sequence[PromptInput]) -> list[PromptInput]:
+    listed: list[PromptInput] = [prompts] if isinstance(prompts, str) else list(prompts)
+    if not listed:
+        raise InputError("no prompt was given; give at least one text, list of token ids, or list of messages")
+    return listed
+
+
+def _request(index: int, prompt: PromptInput) -> Request:
+    return Request(id=f"prompt-{index:04d}", prompt=as_prompt(prompt), prompt_index=index)
+
+
+def _complete(
+    request: Request,
+    steering: Steering | None,
+    max_tokens: int,
+    *,
+    temperature: float,
+    seed: int,
+    ignore_eos: bool,
+    logprobs: int,
+    forced: tuple[int, ...] | None = None,
+) -> Request:
+    return Request(
+        id=request.id,
+        prompt=request.prompt,
+        prompt_index=request.prompt_index,
+        steering=steering,
+        max_new_tokens=max_tokens if forced is None else len(forced),
+        sampling=Sampling(temperature=temperature, seed=seed + request.prompt_index),
+        forced_tokens=forced,
+        ignore_eos=ignore_eos,
+        logprobs=logprobs,
+    )
+
+
+def _open(model: Any, options: Mapping[str, Any]) -> Backend:
+    left = {key: value for key, value in options.items() if key != "backend" and value is not None}
+    return open_backend(options["backend"], model, **left)
+
+
+def _run(
+    runner: Backend,
+    requests: Sequence[Request],
+    out: str | Path | None,
+    *,
+    capture: Capture | None,
+    allow_unfired: bool,
+    steering: Steering | None,
+    max_bytes: int | None = None,
+) -> list[Generation]:
+    with progress(f"{runner.model_id} ({runner.info.dtype})", len(requests)) as bar:
+        done = 0
+
+        def finished(count: int, _total: int) -> None:
+            nonlocal done
+            bar.advance(count - done)
+            done = count
+
+        if out is None:
+            return runner.generate(requests, allow_unfired=allow_unfired, progress=finished)
+        record = provenance.collect(
+            **runner.provenance(),
+            steering=describe(steering),
+            steering_digest="" if steering is None else steering.digest,
+        )
+        with TraceWriter(out, kind="generation", provenance=record, max_bytes=max_bytes) as writer:
+            made = runner.generate(
+                requests, capture=capture, writer=writer, allow_unfired=allow_unfired, progress=finished
+            )
+        if steering is not None and steering.serialisable:
+            steering.save(Path(out) / "steering.safetensors")
+        return made
+
+
+def _forced(along: Trace | str | Path, requests: Sequence[Request], runner: Backend) -> list[tuple[int, ...]]:
+    """Return the generated tokens of a trace, checking that its prompts are these."""
+    trace = along if isinstance(along, Trace) else Trace.open(along)
+    found = []
+    for request in requests:
+        rows = trace.tokens.filter(pl.col("prompt") == request.prompt_index).sort("position")
+        prompt = tuple(rows.filter(~pl.col("generated"))["token_id"].to_list())
+        if prompt != runner.encode(request.prompt).ids:
+            raise ComparisonError(
+                f"prompt {request.prompt_index} is not the one that the trace {trace.path} followed; "
+                "give the same prompts in the same order"
+            )
+        found.append(tuple(rows.filter(pl.col("generated"))["token_id"].to_list()))
+    return found
+
+
+def _text(runner: Backend, made: Generation) -> GeneratedText:
+    prompt = runner.tokenizer.decode(list(made.prompt_ids)) if runner.tokenizer is not None else ""
+    mean = sum(made.logprobs) / len(made.logprobs) if made.logprobs else None
+    return GeneratedText(
+        prompt=prompt,
+        text=made.text,
+        token_ids=made.token_ids,
+        prompt_tokens=len(made.prompt_ids),
+        stop=made.stop,
+        mean_logprob=mean,
+        doses=made.doses,
+    )

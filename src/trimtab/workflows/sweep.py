@@ -1,0 +1,299 @@
+"""Backends x precisions x prompts under one steering, in one resumable directory."""
+
+from __future__ import annotations
+
+import datetime
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimtab import testbed
+from trimtab._base import provenance
+from trimtab._base.files import safe_name
+from trimtab._base.progress import Progress, progress
+from trimtab.backends import Backend, Capture, Generation, ModelInfo, Request, Sampling, open_backend
+from trimtab.errors import InputError, RecipeError, UnfinishedError
+from trimtab.results import SweepRun
+from trimtab.steering import Steering
+from trimtab.trace import TraceWriter
+from trimtab.workflows import _sweep_files
+from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
+from trimtab.workflows._sweep_files import Pass, SweepFiles, SweepPlan
+from trimtab.workflows.config import DEFAULT_CONFIGS, Steer, SweepConfig
+
+QUICK_PROMPTS, QUICK_TOKENS = 2, 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Settings:
+    """The options of `sweep`, with their defaults; a YAML file may hold any of them."""
+
+    model: str = "testbed"
+    prompts: tuple[str, ...] = ()
+    steering: SteeringInput = None
+    configs: tuple[str, ...] = DEFAULT_CONFIGS
+    reference: str = "float32"
+    backend: str = "hf"
+    device: str | None = None
+    max_tokens: int = 32
+    logprobs: int = 5
+    seed: int = 0
+    batch_size: int = 8
+    allow_unfired: bool = False
+    sites: str = "layers.*.resid_post"
+    engine: Mapping[str, Any] | None = None
+
+
+def sweep(
+    model: str | None = None,
+    prompts: Sequence[str] | None = None,
+    *,
+    spec: str | Path | None = None,
+    steering: SteeringInput = None,
+    configs: Sequence[str] | None = None,
+    reference: str | None = None,
+    backend: str | None = None,
+    device: str | None = None,
+    max_tokens: int | None = None,
+    logprobs: int | None = None,
+    seed: int | None = None,
+    batch_size: int | None = None,
+    allow_unfired: bool | None = None,
+    sites: str | None = None,
+    engine: Mapping[str, Any] | None = None,
+    out: str | Path = "runs",
+    run_id: str | None = None,
+    resume: bool = True,
+    quick: bool = False,
+) -> SweepRun:
+    """Run every configuration free and along the reference's tokens, and keep both in one directory.
+
+    The reference runs first. Each configuration then generates freely (token agreement), and once more fed with the
+    reference's tokens (drift, cap deltas, log-probabilities), with the same batches, so that only precision differs.
+
+    Args:
+        model: a directory, a hub id, or "testbed".
+        prompts: what the model continues; none on the testbed takes its own.
+        spec: a YAML file with any of these options; arguments win over it.
+        steering: a `Steering`, a `Steer`, or the path of a steering file. Each configuration sets the ops' arithmetic.
+        configs: presets (bf16, bf16_cap_fp32, float16, float32, float64) or `[LABEL=]BACKEND:DTYPE[:OP_MATH]`.
+        reference: label of the configuration that the others are compared with.
+        backend: backend of the presets; "hf,vllm" runs each preset on both.
+        device: where the model runs.
+        max_tokens: tokens to generate for each prompt.
+        logprobs: how many most probable tokens are kept at each step.
+        seed: seed of everything random.
+        batch_size: prompts per batch, the same for every configuration.
+        allow_unfired: an op that selects no row is reported instead of refused.
+        sites: what the forced pass captures.
+        engine: settings of the vLLM engine.
+        out: directory of all runs.
+        run_id: name of this run's directory; None makes one from the time.
+        resume: go on with a run of the same name and settings.
+        quick: two prompts and 8 tokens.
+
+    Returns:
+        The state of the run's directory.
+
+    Raises:
+        RecipeError: unknown or impossible settings, or a run of that name with other ones.
+        UnfinishedError: interrupted; what was finished is kept and is not repeated.
+
+    Example:
+        >>> run = tt.sweep("testbed", steering=tt.Steer(vector="random:0", layer=2, cap=5.0), run_id="first")
+    """
+    options = {key: value for key, value in locals().items() if key in _SETTINGS and value is not None}
+    settings = _settings(spec, options)
+    name = safe_name(run_id or datetime.datetime.now().strftime("%Y%m%d-%H%M%S"), "run id")
+    plan, given = _plan(settings, quick=quick)
+    call = {"function": "sweep", "quick": quick, "run_id": name}
+    files = _sweep_files.create(Path(out) / name, plan, provenance.collect(call=call), resume=resume)
+    if given is not None and not files.steering_path.exists():
+        given.save(files.steering_path)
+    next_command = f"trimtab analyze {files.path}"
+    total = len(plan.configs) * len(_sweep_files.PASSES) * len(plan.prompts)
+    try:
+        with progress("sweep", total) as bar:
+            for config in _reference_first(plan):
+                _run_config(files, config, given, bar)
+    except KeyboardInterrupt as error:
+        raise UnfinishedError(f"{files.path} was interrupted; run the same command again to go on") from error
+    return files.state(next_command)
+
+
+def resume_sweep(path: str | Path) -> SweepRun:
+    """Finish the sweep in a directory, with the settings that it holds."""
+    files = _sweep_files.load(path)
+    given = Steering.load(files.steering_path) if files.plan.steering_digest else None
+    with progress("sweep", len(files.plan.configs) * len(_sweep_files.PASSES) * len(files.plan.prompts)) as bar:
+        for config in _reference_first(files.plan):
+            _run_config(files, config, given, bar)
+    return files.state(f"trimtab analyze {files.path}")
+
+
+_SETTINGS = tuple(one.name for one in fields(_Settings))
+
+
+def _settings(spec: str | Path | None, options: Mapping[str, Any]) -> _Settings:
+    merged = {**(_read_spec(Path(spec)) if spec is not None else {}), **options}
+    for name in ("prompts", "configs"):
+        if name in merged:
+            merged[name] = (merged[name],) if isinstance(merged[name], str) else tuple(merged[name])
+    return _Settings(**merged)
+
+
+def _read_spec(path: Path) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"sweep file {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"sweep file {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(document, dict):
+        raise RecipeError(f"sweep file {path} must be a mapping of options, such as 'model: testbed'")
+    unknown = sorted(set(document) - set(_SETTINGS))
+    if unknown:
+        raise RecipeError(f"sweep file {path}: unknown option {unknown[0]!r}; options: {', '.join(_SETTINGS)}")
+    words = document.get("steering")
+    if isinstance(words, dict):
+        known = [one.name for one in fields(Steer)]
+        unknown = sorted(set(words) - set(known))
+        if unknown:
+            raise RecipeError(f"sweep file {path}: unknown steering option {unknown[0]!r}; options: {', '.join(known)}")
+        document["steering"] = Steer(**words)
+    return document
+
+
+def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | None]:
+    configs = tuple(SweepConfig.parse(text, name) for name in settings.backend.split(",") for text in settings.configs)
+    labels = [config.label for config in configs]
+    repeated = {label for label in labels if labels.count(label) > 1}
+    if repeated:
+        raise RecipeError(
+            f"two configurations are called {sorted(repeated)[0]!r}; name one with LABEL=BACKEND:DTYPE:OP_MATH"
+        )
+    for label in labels:
+        safe_name(label, "configuration label")
+    reference = settings.reference
+    if reference not in labels:
+        raise RecipeError(
+            f"the reference {reference!r} is not among the configurations {', '.join(labels)}; add it or choose one"
+        )
+    prompts = settings.prompts or (tuple(testbed.prompts(8, seed=settings.seed)) if settings.model == "testbed" else ())
+    if not prompts or not all(prompt.strip() for prompt in prompts):
+        raise InputError("a sweep needs prompts that are not empty: give --prompt TEXT or --prompt-file FILE")
+    if settings.max_tokens < 1:
+        raise InputError(f"max_tokens is {settings.max_tokens}; at least 1 token must be generated")
+    first = next(config for config in configs if config.label == reference)
+    with closing(_open(settings.model, first, settings.device, settings.batch_size, settings.engine)) as backend:
+        info = backend.info
+    given = build_steering(settings.steering, info)
+    plan = SweepPlan(
+        model=settings.model,
+        prompts=prompts[:QUICK_PROMPTS] if quick else prompts,
+        configs=configs,
+        reference=reference,
+        max_tokens=QUICK_TOKENS if quick else settings.max_tokens,
+        logprobs=max(2, settings.logprobs),
+        seed=settings.seed,
+        batch_size=settings.batch_size,
+        sites=settings.sites,
+        steering=describe(given),
+        steering_digest="" if given is None else given.digest,
+        num_layers=info.num_layers,
+        model_digest=info.weights_digest,
+        allow_unfired=settings.allow_unfired,
+        device=settings.device,
+        engine=dict(settings.engine or {}),
+    )
+    return plan, given
+
+
+def _open(
+    model: str, config: SweepConfig, device: str | None, batch_size: int, engine: Mapping[str, Any] | None
+) -> Backend:
+    return open_backend(
+        config.backend, model, dtype=config.dtype, device=device, batch_size=batch_size, engine=dict(engine or {})
+    )
+
+
+def _reference_first(plan: SweepPlan) -> list[SweepConfig]:
+    return sorted(plan.configs, key=lambda config: config.label != plan.reference)
+
+
+def _run_config(files: SweepFiles, config: SweepConfig, given: Steering | None, bar: Progress) -> None:
+    plan = files.plan
+    left: list[Pass] = [which for which in _sweep_files.PASSES if files.done(config.label, which) is None]
+    bar.advance(len(plan.prompts) * (len(_sweep_files.PASSES) - len(left)))
+    if not left:
+        return
+    bar.describe(f"{config.label}: loading")
+    with closing(_open(plan.model, config, plan.device, plan.batch_size, plan.engine)) as backend:
+        _check_model(plan, backend.info, files.path)
+        steering = with_math(given, config.op_math)
+        for which in left:
+            bar.describe(f"{config.label}: {which}")
+            files.discard(config.label, which)
+            _run_pass(files, config, backend, steering, which, bar)
+
+
+def _run_pass(
+    files: SweepFiles, config: SweepConfig, backend: Backend, steering: Steering | None, which: Pass, bar: Progress
+) -> None:
+    plan = files.plan
+    forced = _reference_tokens(files) if which == "forced" else [None] * len(plan.prompts)
+    requests = [
+        Request(
+            id=f"prompt-{index:04d}",
+            prompt=text,
+            prompt_index=index,
+            steering=steering,
+            max_new_tokens=plan.max_tokens if tokens is None else len(tokens),
+            forced_tokens=tokens,
+            sampling=Sampling(seed=plan.seed),
+            logprobs=plan.logprobs,
+        )
+        for index, (text, tokens) in enumerate(zip(plan.prompts, forced, strict=True))
+    ]
+    capture = Capture(sites=(plan.sites,), positions="response") if which == "forced" else None
+    record = provenance.collect(
+        model=plan.model, model_digest=plan.model_digest, config=config.label, dtype=config.dtype
+    )
+    began = time.perf_counter()
+    made: list[Generation] = []
+    with TraceWriter(files.trace_path(config.label, which), kind="generation", provenance=record) as writer:
+        for start in range(0, len(requests), plan.batch_size):
+            batch = requests[start : start + plan.batch_size]
+            made += backend.generate(
+                batch,
+                capture=capture,
+                writer=writer,
+                config=config.label,
+                dose="full",
+                allow_unfired=plan.allow_unfired,
+            )
+            bar.advance(len(batch))
+    seconds = time.perf_counter() - began
+    files.finish(config.label, which, seconds=seconds, tokens=sum(len(one.token_ids) for one in made))
+
+
+def _reference_tokens(files: SweepFiles) -> list[tuple[int, ...] | None]:
+    tokens = files.trace(files.plan.reference, "free").tokens
+    generated = tokens.filter(tokens["generated"]).sort("prompt", "position")
+    return [
+        tuple(generated.filter(generated["prompt"] == index)["token_id"].to_list())
+        for index in range(len(files.plan.prompts))
+    ]
+
+
+def _check_model(plan: SweepPlan, info: ModelInfo, path: Path) -> None:
+    if info.weights_digest != plan.model_digest:
+        raise RecipeError(
+            f"the model {plan.model!r} changed since {path} was begun (weights {plan.model_digest[:12]} then, "
+            f"{info.weights_digest[:12]} now); use another run id"
+        )
