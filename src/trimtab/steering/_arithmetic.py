@@ -31,6 +31,21 @@ def dot(h: Tensor, u: Tensor) -> Tensor:
     return (h.to(u.dtype) * u).sum(-1, keepdim=True).to(h.dtype)
 
 
+def project(h: Tensor, u: Tensor) -> Tensor:
+    """Return `<h, u_k>` per row and direction, [N, K] in the dtype of `h`; `u` [K, D] is in the accumulator's dtype."""
+    wide = h.to(u.dtype)
+    return torch.stack([(wide * one).sum(-1) for one in u], dim=-1).to(h.dtype)
+
+
+def combine(weights: Tensor, u: Tensor) -> Tensor:
+    """Return `sum_k weights_k u_k`, [N, D] in the dtype of `weights`: summed in the accumulator, rounded once."""
+    wide = weights.to(u.dtype)
+    total = wide[:, :1] * u[0]
+    for index in range(1, u.shape[0]):
+        total = total + wide[:, index : index + 1] * u[index]
+    return total.to(weights.dtype)
+
+
 def norm(h: Tensor) -> Tensor:
     """Return `|h|` per row, [N, 1] in the dtype of `h`: the root is taken in the accumulator, then rounded."""
     wide = h.to(accumulator(h.dtype))

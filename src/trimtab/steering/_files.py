@@ -83,7 +83,7 @@ def load(path: str | os.PathLike[str]) -> list[BoundOp]:
 
     tensors, metadata = read(path, _canonical.FORMAT, _canonical.VERSION)
     where = str(path)
-    _keys(metadata, {"format", "version", "steering", "digest"}, where)
+    require_keys(metadata, {"format", "version", "steering", "digest"}, where)
     text = metadata["steering"]
     if hashlib.blake2b(text.encode(), digest_size=32).hexdigest() != metadata["digest"]:
         raise SteeringError(f"{where} is corrupt: its text does not match its digest {metadata['digest'][:16]}")
@@ -92,10 +92,10 @@ def load(path: str | os.PathLike[str]) -> list[BoundOp]:
             raise SteeringError(f"{where} is corrupt: the bytes of tensor {name[:16]} do not match its digest")
     try:
         document = jsonio.loads(text)
-        _keys(document, {"format", "version", "ops"}, where)
+        require_keys(document, {"format", "version", "ops"}, where)
         bound = []
         for entry in document["ops"]:
-            _keys(entry, {"site", "positions", "gain", "op"}, where)
+            require_keys(entry, {"site", "positions", "gain", "op"}, where)
             op = _make(registry.KINDS, entry["op"], tensors, where, "op")
             gain = _make(gains.KINDS, entry["gain"], tensors, where, "gain")
             positions = Positions.parse(entry["positions"])
@@ -117,13 +117,13 @@ def _make(
     names = {one.name for one in wanted}
     required = {one.name for one in wanted if one.default is MISSING and one.default_factory is MISSING}
     given = {key: value for key, value in entry.items() if key != "kind"}
-    _keys(given, names, f"{where}: {entry['kind']}", required)
+    require_keys(given, names, f"{where}: {entry['kind']}", required)
     return cls(**{key: _decode(value, tensors, where) for key, value in given.items()})
 
 
 def _decode(value: Any, tensors: Mapping[str, Tensor], where: str) -> Any:
     if isinstance(value, dict):
-        _keys(value, {"blake2b", "dtype", "shape"}, where)
+        require_keys(value, {"blake2b", "dtype", "shape"}, where)
         tensor = tensors.get(value["blake2b"])
         if tensor is None:
             raise SteeringError(f"{where} is incomplete: no tensor {value['blake2b'][:16]}; it has {len(tensors)}")
@@ -140,7 +140,12 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], where: str) -> Any:
     return value
 
 
-def _keys(given: Mapping[str, Any], known: set[str], where: str, required: set[str] | None = None) -> None:
+def require_keys(given: Mapping[str, Any], known: set[str], where: str, required: set[str] | None = None) -> None:
+    """Refuse unknown and missing keys.
+
+    Raises:
+        SteeringError: names them, and those that are known or present.
+    """
     unknown = sorted(set(given) - known)
     if unknown:
         raise SteeringError(f"{where}: unknown keys {', '.join(unknown)}; known: {', '.join(sorted(known))}")

@@ -51,6 +51,8 @@ class Kernel:
     """Directions [K, D] in the accumulator's dtype, along which the dose is measured."""
     static: Tensor | None = None
     """[D]: the correction, when it is the same for every row."""
+    require: Callable[[Tensor], None] | None = None
+    """Given the selected positions, raises when the op cannot act on one of them (looked at on the CPU only)."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from trimtab.errors import InputError, NonFiniteError, VectorError
 from trimtab.sites import Site
+from trimtab.steering import _compiled
 from trimtab.steering._arithmetic import accumulator, limit, norm, round_to
 from trimtab.steering.dose import Detail, OpDose
 from trimtab.steering.gains import Constant, Gain
@@ -67,6 +68,7 @@ class SiteProgram:
         self.steps = tuple(steps)
         self.width = next((step.op.width for step in steps if step.op.width is not None), None)
         self._ready: dict[tuple[torch.device, torch.dtype], _Ready] = {}
+        self._number = _compiled.enroll(self)
         self._flags: dict[torch.device, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -132,6 +134,8 @@ class SiteProgram:
             raise VectorError(
                 f"{self.site}: the states have width {h.shape[-1]} and the vectors have width {self.width}"
             )
+        if torch.compiler.is_compiling():
+            return self._in_graph(h, rows, detail)
         ready = self._ready.get((h.device, h.dtype)) or self.prepare(h.device, h.dtype)
         if ready.static is not None and detail == "counts":
             step = self.steps[0]
@@ -144,6 +148,14 @@ class SiteProgram:
                 return Applied(out, (OpDose(self.site, step.name, selected.rows),))
         return self._general(h, rows, ready, detail)
 
+    def _in_graph(self, h: Tensor, rows: Rows, detail: Detail) -> Applied:
+        if detail != "counts":
+            raise InputError(f"{self.site}: a compiled graph counts rows only; ask for the full dose outside it")
+        length = rows.prompt_length
+        length = length if isinstance(length, Tensor) else torch.tensor(length)
+        out, counts = _compiled.steer(h, rows.positions, length, rows.token_ids, rows.padded, self._number)
+        return Applied(out, tuple(OpDose(self.site, one.name, counts[i]) for i, one in enumerate(self.steps)))
+
     def _general(self, h: Tensor, rows: Rows, ready: _Ready, detail: Detail) -> Applied:
         flat = h.reshape(-1, h.shape[-1])
         state = flat.to(ready.state)
@@ -154,6 +166,8 @@ class SiteProgram:
             if isinstance(selected.rows, int) and selected.rows == 0:
                 doses.append(OpDose(self.site, step.name, 0))
                 continue
+            if kernel.require is not None and flat.device.type == "cpu":
+                kernel.require(rows.positions if selected.mask is None else rows.positions[selected.mask])
             seen = state.to(math)
             raw = kernel.correct(seen, rows.positions)
             change = _shape(raw.correction, seen, step, selected, math).to(ready.state)
