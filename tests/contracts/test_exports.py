@@ -47,7 +47,8 @@ def test_a_package_exports_what_it_says(package: str) -> None:
     "module", ["trimtab", "trimtab.errors", "trimtab.sites", "trimtab.results", "trimtab.report", "trimtab.cli"]
 )
 def test_light_modules_import_no_torch(module: str) -> None:
-    code = f"import sys, {module}; heavy = {{'torch', 'transformers', 'vllm', 'numba'}} & set(sys.modules); print(sorted(heavy))"
+    heavy = {"torch", "transformers", "vllm", "numba"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
