@@ -1,0 +1,257 @@
+"""What a model family is made of: module paths of its block, numerics, weight names on disk, its vLLM counterpart."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from trimtab.architectures._handle import Columns, Point
+from trimtab.errors import BackendError
+
+Config = Any
+"""A transformers text configuration; attributes are read by name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sizes:
+    """Widths of a decoder, read off its text configuration."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+    @classmethod
+    def of(cls, config: Config) -> Sizes:
+        """Read the sizes of a text configuration."""
+        heads = config.num_attention_heads
+        return cls(
+            hidden=config.hidden_size,
+            heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+            vocab=config.vocab_size,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockPaths:
+    """Module paths inside one decoder block. The defaults are those of Llama."""
+
+    attn: str = "self_attn"
+    linear_attn: str | None = None
+    """What a block has instead of `attn` when it mixes tokens without softmax attention."""
+    attn_out: str | None = None
+    """Module whose output is added to the stream; None: `attn` itself."""
+    mid: str | None = "post_attention_layernorm"
+    """Module that `resid_mid` enters; None: the block is parallel and has none."""
+    mlp: str = "mlp"
+    mlp_out: str | None = None
+    """Module whose output is added to the stream; None: `mlp` itself."""
+    o: str = "o_proj"
+    down: str = "down_proj"
+    """Down projection inside a dense MLP; a block without it is a mixture of experts."""
+    qkv: Literal["separate", "fused", "fused_per_head", "gated"] = "separate"
+    """separate: q_proj, k_proj, v_proj. fused: q, k, v one after the other. fused_per_head: [q, k, v] per head.
+    gated: as separate, but q_proj holds [q, gate] per head."""
+    fused: str = "qkv_proj"
+    """Name of the fused projection."""
+    flat_experts: bool = False
+    """Mixture-of-experts modules return [batch * sequence, width]."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rope:
+    """Rotary embedding of a family."""
+
+    pairing: Literal["half", "interleaved"] = "half"
+    """half: dimension i rotates with i + n/2; interleaved: 2i with 2i + 1."""
+    fraction: float = 1.0
+    """Share of each head's dimensions that is rotated."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Numerics:
+    """What the arithmetic of one model is, resolved from its configuration."""
+
+    norm: Literal["rmsnorm", "rmsnorm_plus_one", "layernorm"] = "rmsnorm"
+    """rmsnorm: x_hat * w; rmsnorm_plus_one: x_hat * (1 + w); layernorm: x_hat * w + b."""
+    norm_rounds_first: bool = True
+    """x_hat is rounded to the model's dtype before the weight is applied (Llama); False: one rounding at the end."""
+    residual: Literal["sequential", "parallel", "sandwich", "post_norm"] = "sequential"
+    """sandwich: norms before and after each branch (Gemma 2, 3); post_norm: only after (OLMo 2)."""
+    attention_scale: float
+    """Factor on q k^T."""
+    qk_norm: Literal["none", "per_head", "full_width", "l2"] = "none"
+    rope: Rope | None = Rope()
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    contribution_scale: float = 1.0
+    embed_scale: float = 1.0
+    """Factor inside the embedding module (Gemma: sqrt(hidden))."""
+    tied: bool = False
+    """The head's weight is the embedding's."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Vllm:
+    """The family in vLLM."""
+
+    architectures: tuple[str, ...]
+    """Class names of the architectures."""
+    layers: str = "model.layers"
+    """Module path of the decoder blocks; inside a multimodal class below `language_model.`."""
+    returns_residual: bool = True
+    """A block returns (delta, residual), whose sum is the stream; False: the stream itself."""
+    native: bool = True
+    """False: vLLM runs the transformers modules (`TransformersForCausalLM`)."""
+
+
+DENSE: Mapping[str, str] = {
+    "attn_norm": "layers.{layer}.input_layernorm.weight",
+    "q": "layers.{layer}.self_attn.q_proj.weight",
+    "k": "layers.{layer}.self_attn.k_proj.weight",
+    "v": "layers.{layer}.self_attn.v_proj.weight",
+    "o": "layers.{layer}.self_attn.o_proj.weight",
+    "mlp_norm": "layers.{layer}.post_attention_layernorm.weight",
+    "gate": "layers.{layer}.mlp.gate_proj.weight",
+    "up": "layers.{layer}.mlp.up_proj.weight",
+    "down": "layers.{layer}.mlp.down_proj.weight",
+}
+EXPERTS: Mapping[str, str] = {
+    "router": "layers.{layer}.mlp.gate.weight",
+    "expert_gate": "layers.{layer}.mlp.experts.{expert}.gate_proj.weight",
+    "expert_up": "layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+    "expert_down": "layers.{layer}.mlp.experts.{expert}.down_proj.weight",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Disk:
+    """Tensor names in checkpoint files, by role. A dense and a sparse layer have some of the roles each."""
+
+    prefix: str = "model."
+    """Stands before every name in `layers` and before `embed` and `final_norm`."""
+    layers: Mapping[str, str]
+    embed: str = "embed_tokens.weight"
+    final_norm: str = "norm.weight"
+    head: str = "lm_head.weight"
+    """Whole name; absent from the file when the head is tied."""
+    transposed: bool = False
+    """Projections are stored [in, out], y = x W + b (GPT-2's Conv1D)."""
+
+    def name(self, role: str, *, layer: int = 0, expert: int = 0) -> str:
+        """Return the whole tensor name of a role ("embed", "final_norm", "head", or a key of `layers`)."""
+        if role == "head":
+            return self.head
+        template = {"embed": self.embed, "final_norm": self.final_norm, **self.layers}[role]
+        return self.prefix + template.format(layer=layer, expert=expert)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """One model family: everything about it that does not depend on a particular checkpoint."""
+
+    name: str
+    model_types: tuple[str, ...]
+    """`config.model_type` of the text configuration."""
+    text_paths: tuple[str, ...] = ("model", "")
+    """Where the module that owns the blocks may be, from the model; the first that exists counts."""
+    embed: str = "embed_tokens"
+    blocks: str = "layers"
+    final_norm: str = "norm"
+    block: Callable[[Config], BlockPaths]
+    numerics: Callable[[Config], Numerics]
+    disk: Callable[[Config], Disk]
+    """Called with the top configuration, because wrappers store their text tower under other names."""
+    vllm: Vllm
+    note: str = ""
+
+
+def base_numerics(config: Config, **changes: Any) -> Numerics:
+    """Return Llama's numerics for a configuration, with `changes`."""
+    sizes = Sizes.of(config)
+    values: dict[str, Any] = {
+        "attention_scale": sizes.head_dim**-0.5,
+        "tied": bool(config.tie_word_embeddings),
+        "rope": Rope(fraction=rope_fraction(config)),
+    }
+    return Numerics(**{**values, **changes})
+
+
+def rope_fraction(config: Config) -> float:
+    """Return the share of head dimensions that a configuration rotates."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return float(parameters.get("partial_rotary_factor", 1.0))
+
+
+def block_points(block: nn.Module, paths: BlockPaths, sizes: Sizes) -> dict[str, Point]:
+    """Return the points of one block, looking at which modules it has."""
+    linear = paths.linear_attn is not None and not hasattr(block, paths.attn)
+    attn = paths.linear_attn if linear and paths.linear_attn else paths.attn
+    dense = hasattr(block.get_submodule(paths.mlp), paths.down)
+    flat = paths.flat_experts and not dense
+    width = sizes.hidden
+    points = {
+        "resid_pre": Point(path="", side="input", width=width),
+        "attn_raw": Point(path=attn, width=width),
+        "attn_out": Point(path=paths.attn_out or attn, width=width),
+        "mlp_raw": Point(path=paths.mlp, width=width, flat=flat),
+        "mlp_out": Point(path=paths.mlp_out or paths.mlp, width=width, flat=flat),
+        "resid_post": Point(path="", width=width),
+    }
+    if paths.mid is not None:
+        points["resid_mid"] = Point(path=paths.mid, side="input", in_place=True, width=width)
+    if dense:
+        down = block.get_submodule(f"{paths.mlp}.{paths.down}")
+        points["mlp_act"] = Point(path=f"{paths.mlp}.{paths.down}", side="input", width=fan(down)[0])
+    if not linear:
+        points["attn_z"] = Point(path=f"{attn}.{paths.o}", side="input", width=sizes.heads * sizes.head_dim)
+        points.update(_projections(attn, paths, sizes))
+        if paths.qkv.startswith("fused"):
+            _check_fused(block.get_submodule(f"{attn}.{paths.fused}"), sizes)
+    return points
+
+
+def _projections(attn: str, paths: BlockPaths, sizes: Sizes) -> dict[str, Point]:
+    """q, k and v before their norms and the rotary embedding, per head laid out flat."""
+    dim, kv = sizes.head_dim, sizes.kv_heads * sizes.head_dim
+    q = sizes.heads * dim
+    widths = {"q": q, "k": kv, "v": kv}
+    if paths.qkv == "fused":
+        columns = {"q": Columns(1, 0, q), "k": Columns(1, q, q + kv), "v": Columns(1, q + kv, q + 2 * kv)}
+    elif paths.qkv == "fused_per_head":
+        columns = {name: Columns(sizes.heads, i * dim, (i + 1) * dim) for i, name in enumerate("qkv")}
+    elif paths.qkv == "gated":
+        columns = {"q": Columns(sizes.heads, 0, dim)}
+    else:
+        columns = {}
+    fused = paths.qkv.startswith("fused")
+    return {
+        name: Point(path=f"{attn}.{paths.fused if fused else name + '_proj'}", columns=columns.get(name), width=width)
+        for name, width in widths.items()
+    }
+
+
+def _check_fused(projection: nn.Module, sizes: Sizes) -> None:
+    """A fused projection of another width would be cut in the wrong places without any other sign."""
+    expected = (sizes.heads + 2 * sizes.kv_heads) * sizes.head_dim
+    found = fan(projection)[1]
+    if found != expected:
+        raise BackendError(
+            f"the fused q, k, v projection is {found} wide; {sizes.heads} + 2 x {sizes.kv_heads} heads of "
+            f"{sizes.head_dim} make {expected}; the configuration does not describe these weights"
+        )
+
+
+def fan(linear: nn.Module) -> tuple[int, int]:
+    """Return the widths that a projection takes and gives: Linear stores [out, in], Conv1D [in, out]."""
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    first, second = weight.shape
+    return (first, second) if type(linear).__name__ == "Conv1D" else (second, first)

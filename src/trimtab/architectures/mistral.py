@@ -1,0 +1,15 @@
+"""Mistral: Llama's blocks with one attention window for all layers."""
+
+from __future__ import annotations
+
+from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics
+
+FAMILY = Family(
+    name="mistral",
+    model_types=("mistral",),
+    text_paths=("model", "model.language_model", ""),
+    block=lambda config: BlockPaths(),
+    numerics=base_numerics,
+    disk=lambda config: Disk(layers=DENSE),
+    vllm=Vllm(architectures=("MistralForCausalLM",)),
+)

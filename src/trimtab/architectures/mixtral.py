@@ -1,0 +1,22 @@
+"""Mixtral: Mistral's attention with a mixture of experts in every layer."""
+
+from __future__ import annotations
+
+from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics
+
+_ATTENTION = {role: name for role, name in DENSE.items() if ".mlp." not in name}
+_EXPERTS = {
+    "router": "layers.{layer}.block_sparse_moe.gate.weight",
+    "expert_gate": "layers.{layer}.block_sparse_moe.experts.{expert}.w1.weight",
+    "expert_up": "layers.{layer}.block_sparse_moe.experts.{expert}.w3.weight",
+    "expert_down": "layers.{layer}.block_sparse_moe.experts.{expert}.w2.weight",
+}
+
+FAMILY = Family(
+    name="mixtral",
+    model_types=("mixtral",),
+    block=lambda config: BlockPaths(),
+    numerics=base_numerics,
+    disk=lambda config: Disk(layers={**_ATTENTION, **_EXPERTS}),
+    vllm=Vllm(architectures=("MixtralForCausalLM",)),
+)

@@ -1,0 +1,15 @@
+"""Qwen 3-Next: three gated-delta-rule layers to one softmax layer; q_proj holds [q, gate] per head."""
+
+from __future__ import annotations
+
+from trimtab.architectures._family import DENSE, EXPERTS, BlockPaths, Disk, Family, Vllm, base_numerics
+
+FAMILY = Family(
+    name="qwen3_next",
+    model_types=("qwen3_next",),
+    block=lambda config: BlockPaths(linear_attn="linear_attn", qkv="gated"),
+    numerics=lambda config: base_numerics(config, norm="rmsnorm_plus_one", norm_rounds_first=False, qk_norm="per_head"),
+    disk=lambda config: Disk(layers={**DENSE, **EXPERTS}),
+    vllm=Vllm(architectures=("Qwen3NextForCausalLM",)),
+    note="attn_z is taken after the output gate, before o_proj; linear-attention layers have no q, k, v, attn_z",
+)

@@ -1,0 +1,41 @@
+"""Text towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (dense and mixture of experts)."""
+
+from __future__ import annotations
+
+from trimtab.architectures._family import DENSE, BlockPaths, Config, Disk, Family, Numerics, Vllm, base_numerics
+
+_EXPERTS = {
+    "router": "layers.{layer}.mlp.gate.weight",
+    "experts_gate_up": "layers.{layer}.mlp.experts.gate_up_proj",
+    "experts_down": "layers.{layer}.mlp.experts.down_proj",
+}
+
+
+def _numerics(config: Config) -> Numerics:
+    return base_numerics(config, qk_norm="per_head" if config.model_type.startswith("qwen3") else "none")
+
+
+def _disk(config: Config) -> Disk:
+    third = config.model_type.startswith("qwen3")
+    layers = {**DENSE, **_EXPERTS} if "moe" in config.model_type else DENSE
+    return Disk(layers=layers, prefix="model.language_model." if third else "model.")
+
+
+FAMILY = Family(
+    name="qwen_vl",
+    model_types=("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"),
+    text_paths=("model.language_model", "language_model", "model", ""),
+    block=lambda config: BlockPaths(),
+    numerics=_numerics,
+    disk=_disk,
+    vllm=Vllm(
+        architectures=(
+            "Qwen2VLForConditionalGeneration",
+            "Qwen2_5_VLForConditionalGeneration",
+            "Qwen3VLForConditionalGeneration",
+            "Qwen3VLMoeForConditionalGeneration",
+        ),
+        layers="language_model.model.layers",
+    ),
+    note="Qwen3-VL adds visual features between its first blocks; resid_post[l] then is not resid_pre[l+1]",
+)
