@@ -31,7 +31,8 @@ CALLS = [
         "engine={'max_model_len': 512, 'block_size': '32'})",
     ),
     (
-        "sweep -p 'a b' -p c -m testbed --layer 2 --cap 5.0 --vector random:7 --max-tokens 16 --run-id first -c bf16 -c float32",
+        "sweep -p 'a b' -p c -m testbed --layer 2 --cap 5.0 --vector random:7 --max-tokens 16 --run-id first "
+        "-c bf16 -c float32",
         "tt.sweep('testbed', ['a b', 'c'], steering=tt.Steer(vector='random:7', layer=2, cap=5.0), "
         "configs=['bf16', 'float32'], max_tokens=16, run_id='first')",
     ),
