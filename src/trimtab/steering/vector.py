@@ -84,7 +84,8 @@ class SteeringVector:
     @property
     def vector(self) -> Tensor:
         """`norm * direction`, float32 [d], in hidden units."""
-        return (self.direction.double() * self.norm).to(torch.float32)
+        scaled: Tensor = self.direction.double() * self.norm
+        return scaled.to(torch.float32)
 
     @property
     def digest(self) -> str:
