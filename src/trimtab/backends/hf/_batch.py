@@ -1,0 +1,226 @@
+"""The state of a batch: its requests, its left-padded layout, and the rows of each forward pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from trimtab.backends._capture import Taken
+from trimtab.backends._sampling import Sampler
+from trimtab.backends.base import EncodedPrompt, Request, Stop, num_rows
+from trimtab.errors import NonFiniteError
+from trimtab.steering import Positions, Program, Rows
+
+# Shapes: B requests, S places of one forward pass, R = B * S.
+
+
+@dataclass(slots=True)
+class Item:
+    """One request of a batch and what it has generated."""
+
+    name: str
+    request: Request
+    prompt: EncodedPrompt
+    program: Program | None
+    eos: frozenset[int]
+    sampler: Sampler
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    stop: Stop | None = None
+
+    def __post_init__(self) -> None:
+        if self.request.budget == 0:
+            self.stop = "length" if self.request.forced_tokens is None else "forced"
+
+    @property
+    def length(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.prompt.ids)
+
+    @property
+    def rows(self) -> int:
+        """Rows that this request has run."""
+        return num_rows(self.length, len(self.tokens))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the next token is the most likely one."""
+        return self.request.forced_tokens is None and self.request.sampling.temperature == 0
+
+    def choose(self, logits: Tensor) -> int:
+        """Return the next token when it is not the most likely one: forced, or drawn from float32 logits [vocab]."""
+        if self.request.forced_tokens is not None:
+            return self.request.forced_tokens[len(self.tokens)]
+        return self.sampler.draw(logits)
+
+    def accept(self, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
+        """Take the next token and find out whether it is the last.
+
+        Raises:
+            NonFiniteError: the model gave no probability.
+        """
+        if math.isnan(logprob):
+            raise NonFiniteError(
+                f"request {self.name!r}: the logits at position {self.length + len(self.tokens) - 1} are not finite; "
+                "the model left the range of its dtype: use bfloat16 or float32, or lower the steering"
+            )
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        if self.request.logprobs:
+            self.top.append(top[: self.request.logprobs])
+        last = len(self.tokens) == self.request.budget
+        if self.request.forced_tokens is not None:
+            self.stop = "forced" if last else None
+        elif token in self.eos and not self.request.ignore_eos:
+            self.stop = "eos"
+        elif last:
+            self.stop = "length"
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The rows of one forward pass that share a program."""
+
+    program: Program
+    index: Tensor | None
+    """Their places among the R rows, int64 on the model's device; None when `rows` covers all R."""
+    rows: Rows
+    owners: Tensor
+    """Index of the request of each row, int64."""
+
+
+class Pass:
+    """One forward pass of a batch.
+
+    Args:
+        items: the requests.
+        ids: int64 [B, S] on the CPU.
+        positions: absolute positions, int64 [B, S] on the CPU; -1 at pads and in the rows of finished requests.
+        device: where the model runs.
+        keeps_logits: whether the logits of the last place of this pass predict a token.
+    """
+
+    def __init__(
+        self, items: Sequence[Item], ids: Tensor, positions: Tensor, device: torch.device, *, keeps_logits: bool = True
+    ) -> None:
+        self.items = items
+        self.ids = ids
+        self.positions = positions
+        self.device = device
+        self.keeps_logits = keeps_logits
+
+    @property
+    def width(self) -> int:
+        """S."""
+        return self.ids.shape[1]
+
+    @cached_property
+    def tail(self) -> Pass:
+        """The last place alone: what the logits have when only the last row is asked for."""
+        if self.width == 1:
+            return self
+        return Pass(self.items, self.ids[:, -1:], self.positions[:, -1:], self.device, keeps_logits=self.keeps_logits)
+
+    @cached_property
+    def groups(self) -> tuple[Group, ...]:
+        """The steered rows, by program."""
+        programs = {id(item.program): item.program for item in self.items if item.program}
+        return tuple(group for key, program in programs.items() if (group := self._group(key, program)).owners.numel())
+
+    def _group(self, key: int, program: Program) -> Group:
+        members = [index for index, item in enumerate(self.items) if id(item.program) == key]
+        flat = self.positions.reshape(-1)
+        lengths = {self.items[index].length for index in members}
+        owners = torch.arange(len(self.items)).repeat_interleave(self.width) if self.width > 1 else None
+        every = len(members) == len(self.items)
+        lowest = int(flat.min()) if every else -1
+        if every and lowest >= 0:
+            index = None
+        else:
+            inside = torch.zeros(len(self.items), dtype=torch.bool)
+            inside[members] = True
+            index = (inside[:, None] & (self.positions >= 0)).reshape(-1).nonzero()[:, 0]
+        if owners is None:
+            owners = torch.arange(len(self.items))
+        ids = self.ids.reshape(-1)
+        if index is not None:
+            flat, ids, owners = flat[index], ids[index], owners[index]
+        length: int | Tensor = next(iter(lengths))
+        if len(lengths) > 1:
+            length = torch.tensor([item.length for item in self.items])[owners].to(self.device)
+        rows = Rows(flat.to(self.device), length, ids.to(self.device), padded=False)
+        return Group(program, None if index is None else index.to(self.device), rows, owners.to(self.device))
+
+    def taken(self, wanted: Positions) -> Taken:
+        """Return the rows that a capture wants, per request."""
+        selected = self.positions >= 0
+        if not wanted.every:
+            lengths = torch.tensor([item.length for item in self.items]).repeat_interleave(self.width)
+            flat = wanted.mask(self.positions.reshape(-1), lengths, self.ids.reshape(-1))
+            selected = selected & flat.reshape(selected.shape)
+        if self.width == 1:
+            marks, places = selected[:, 0].tolist(), self.positions[:, 0].tolist()
+            index = [[0] if mark else [] for mark in marks]
+            return Taken(index, [[place] if mark else [] for mark, place in zip(marks, places, strict=True)], 1)
+        index = [row.nonzero()[:, 0].tolist() for row in selected]
+        positions = [row[mark].tolist() for row, mark in zip(self.positions, selected, strict=True)]
+        return Taken(index, positions, self.width)
+
+
+class Layout:
+    """Left padding: the token ids, mask and positions of a batch, prompt first and then one token at a time.
+
+    A finished request keeps running on a filler token at its last position, so that the schedule of the others does not
+    change; its rows have position -1 and are neither steered, nor counted, nor captured.
+    """
+
+    def __init__(self, items: Sequence[Item], *, filler: int, device: torch.device) -> None:
+        self._items = items
+        self._filler = filler
+        self._device = device
+        self.width = max(item.length for item in items)
+        ids, places = [], []
+        for item in items:
+            pad = self.width - item.length
+            ids.append([filler] * pad + list(item.prompt.ids))
+            places.append([-1] * pad + list(range(item.length)))
+        self.ids = torch.tensor(ids)
+        self.positions = torch.tensor(places)
+        self.padded = any(item.length < self.width for item in items)
+        budget = max(item.request.budget for item in items)
+        mask = torch.ones(len(items), self.width + budget, dtype=torch.int64)
+        mask[:, : self.width] = self.positions >= 0
+        self.mask = mask.to(device)
+
+    def chunks(self, size: int | None) -> list[tuple[int, int]]:
+        """Return the half-open ranges of the prompt that run in one pass each."""
+        step = self.width if size is None else size
+        return [(start, min(start + step, self.width)) for start in range(0, self.width, step)]
+
+    def prompt_pass(self, start: int, end: int) -> Pass:
+        """Return the pass over a range of the padded prompts."""
+        ids, positions = self.ids[:, start:end], self.positions[:, start:end]
+        return Pass(self._items, ids, positions, self._device, keeps_logits=end == self.width)
+
+    def next_pass(self) -> Pass:
+        """Return the pass over the token that each request has just got."""
+        ids, places = [], []
+        for item in self._items:
+            running = item.stop is None
+            ids.append([item.tokens[-1] if running else self._filler])
+            places.append([item.length + len(item.tokens) - 1 if running else -1])
+        return Pass(self._items, torch.tensor(ids), torch.tensor(places), self._device)
+
+    def model_positions(self, step: Pass) -> Tensor:
+        """Return what the model is told: the absolute positions, pads at 0, finished requests at their last row."""
+        places = step.positions
+        if step.width == 1 and bool((places < 0).any()):
+            last = torch.tensor([[max(item.rows - 1, 0)] for item in self._items])
+            places = torch.where(places < 0, last, places)
+        return places.clamp(min=0).to(self._device)

@@ -1,0 +1,207 @@
+"""Loading a model and its tokenizer, in the dtype asked for, and refusing what would compute something else."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from torch import nn
+
+from trimtab import testbed
+from trimtab._base.log import get_logger
+from trimtab.backends.hf import _digest
+from trimtab.errors import BackendError, InputError
+from trimtab.numerics.dtypes import dtype_name, resolve_dtype
+
+_LOG = get_logger(__name__)
+_HUB = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+
+
+class Loaded(NamedTuple):
+    """A model ready to run."""
+
+    model: nn.Module
+    tokenizer: Any
+    model_id: str
+    digest: str
+    notes: tuple[str, ...]
+
+
+def load(
+    model: str | Path | nn.Module,
+    *,
+    tokenizer: Any = None,
+    dtype: str | torch.dtype | None = None,
+    device: str | None = None,
+    attention: str | None = None,
+    revision: str | None = None,
+) -> Loaded:
+    """Load a model by name, or take a module as it is.
+
+    Raises:
+        InputError: no such model, or an argument that a module cannot follow.
+        BackendError: a model whose arithmetic is not what its dtype says.
+    """
+    if isinstance(model, nn.Module):
+        return _take_module(model, tokenizer, dtype, device, attention)
+    name = str(model)
+    place = str(testbed.path()) if name == "testbed" else _locate(name)
+    target = resolve_dtype("float32" if dtype is None else dtype)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place, revision=revision)
+        implementation, notes = _attention(config, attention)
+        module = _model_class(config).from_pretrained(
+            place, dtype=target, attn_implementation=implementation, revision=revision
+        )
+        words = tokenizer or transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+    if target is torch.float64 and hasattr(module, "set_experts_implementation"):
+        module.set_experts_implementation("eager")  # grouped_mm refuses float64
+    module.to(device or default_device())
+    module.eval()
+    check_module(module)
+    folder = Path(place)
+    digest = _digest.of_directory(folder) if folder.is_dir() else ""
+    return Loaded(module, words, name, digest or _digest.of_module(module), notes)
+
+
+def default_device() -> str:
+    """Return "cuda" or "mps" where there is one, else "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def module_dtype(model: nn.Module) -> torch.dtype:
+    """Return the dtype of the model's floating-point parameters, that of the largest number of elements."""
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    if not sizes:
+        raise BackendError("the model has no floating-point parameters; a language model was expected")
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def module_device(model: nn.Module) -> torch.device:
+    """Return the one device of the model.
+
+    Raises:
+        BackendError: it is spread over several.
+    """
+    devices = sorted({str(parameter.device) for parameter in model.parameters()})
+    if len(devices) != 1:
+        raise BackendError(f"the model lies on {', '.join(devices)}; load it on one device")
+    return torch.device(devices[0])
+
+
+def check_module(model: nn.Module) -> None:
+    """Refuse a model that would not compute what its dtype and its hooks say.
+
+    Raises:
+        BackendError: compiled, or with rotary tables rounded by a cast.
+    """
+    for name, module in model.named_modules():
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            where = f"its module {name!r} is" if name else "it is"
+            raise BackendError(
+                f"the model cannot be hooked: {where} compiled by torch.compile, and hooks that are added afterwards "
+                "are ignored without a word; give the model as it was before compiling"
+            )
+    for name, buffer in model.named_buffers():
+        if name.rpartition(".")[2].endswith("inv_freq") and _is_rounded(buffer):
+            raise BackendError(
+                f"{name} was rounded to 16 bits, as model.to(dtype) and model.half() do: positions would be wrong by "
+                "far more than the dtype explains; load the model with from_pretrained(..., dtype=...) instead"
+            )
+
+
+def _is_rounded(table: torch.Tensor) -> bool:
+    if not table.is_floating_point() or table.numel() < 2:
+        return False
+    wide = table.detach().double()
+    if any(bool((wide.to(dtype).double() == wide).all()) for dtype in (torch.bfloat16, torch.float16)):
+        # tables of exact powers of two are not rounded ones
+        mantissa, _ = torch.frexp(wide[wide > 0])
+        return bool((mantissa != 0.5).any())
+    return False
+
+
+def _take_module(
+    model: nn.Module, tokenizer: Any, dtype: str | torch.dtype | None, device: str | None, attention: str | None
+) -> Loaded:
+    if not hasattr(model, "config"):
+        raise InputError(f"{type(model).__name__} has no config; a Hugging Face causal language model was expected")
+    check_module(model)
+    own = module_dtype(model)
+    if dtype is not None and resolve_dtype(dtype) is not own:
+        raise InputError(
+            f"the model is {dtype_name(own)} and dtype={dtype_name(resolve_dtype(dtype))} was asked for: a loaded model "
+            "is never cast, because that rounds its rotary tables; load it with from_pretrained(..., dtype=...)"
+        )
+    if device is not None and torch.device(device).type != module_device(model).type:
+        raise InputError(f"the model lies on {module_device(model)} and device={device!r} was asked for; move it first")
+    current = getattr(model.config, "_attn_implementation", "") or ""
+    if attention is not None and attention != current:
+        raise InputError(
+            f"the model runs {current!r} attention and attention={attention!r} was asked for; call "
+            f"model.set_attn_implementation({attention!r}) first"
+        )
+    notes = _softcap_note(model.config, current)
+    model_id = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    return Loaded(model, tokenizer, model_id, _digest.of_module(model), notes)
+
+
+def _locate(name: str) -> str:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"model {name!r} is a directory without a config.json; a saved model was expected")
+        return str(path)
+    if path.exists():
+        raise InputError(f"model {name!r} is a file; the directory of a saved model was expected")
+    if not _HUB.fullmatch(name) or name.startswith("."):
+        raise InputError(
+            f"model {name!r}: no such directory; give the directory of a saved model, a hub id such as "
+            "Qwen/Qwen3-0.6B, or testbed"
+        )
+    return name
+
+
+def _model_class(config: Any) -> Any:
+    causal = transformers.AutoModelForCausalLM
+    return causal if type(config) in causal._model_mapping else transformers.AutoModelForImageTextToText
+
+
+def _softcap(config: Any) -> float | None:
+    value = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    return None if value is None else float(value)
+
+
+def _attention(config: Any, asked: str | None) -> tuple[str | None, tuple[str, ...]]:
+    """Choose the attention implementation: what was asked for, or eager where sdpa drops a softcap."""
+    if asked is not None:
+        return asked, _softcap_note(config, asked)
+    if _softcap(config) is None:
+        return None, ()
+    note = "eager attention was chosen: sdpa drops this model's attention softcap"
+    _LOG.info(note)
+    return "eager", (note,)
+
+
+def _softcap_note(config: Any, implementation: str) -> tuple[str, ...]:
+    cap = _softcap(config)
+    if cap is None or implementation != "sdpa":
+        return ()
+    note = f"sdpa attention drops this model's attention softcap of {cap:g}; eager attention keeps it"
+    warnings.warn(note, UserWarning, stacklevel=4)
+    return (note,)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400]
