@@ -1,0 +1,1 @@
+"""What tests of this package, and of packages that build on it, share: tiny models, a backend conformance suite."""
