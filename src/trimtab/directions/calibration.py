@@ -22,6 +22,7 @@ def calibrate(
     vector: SteeringVector | Direction | Tensor,
     *,
     site: str | Site | None = None,
+    edit: Literal["none", "before", "after"] | None = None,
     quantiles: Sequence[float] = QUANTILES,
 ) -> SteeringVector:
     """Measure the states that a vector meets: their median norm, and the quantiles of their projections on it.
@@ -32,6 +33,7 @@ def calibrate(
         rows: states [n, d]; an iterable of such tensors; or a Trace, whose requests are all read at `site`.
         vector: the vector; what it already knows about itself is kept.
         site: where the rows were taken; defaults to the vector's own site.
+        edit: which rows of a Trace, when it holds those before and those after steering.
         quantiles: fractions to store.
 
     Returns:
@@ -48,7 +50,7 @@ def calibrate(
             f"the vector was made at {known.site} and the rows were taken at {where}; use rows of its site"
         )
     norms, projections = [], []
-    for part in _parts(rows, where):
+    for part in _parts(rows, where, edit):
         if part.ndim != 2 or part.shape[1] != known.direction.shape[0]:
             raise VectorError(
                 f"{where}: rows of shape {list(part.shape)} were given; [n, {known.direction.shape[0]}] was expected"
@@ -82,7 +84,7 @@ def convert_strength(
 ) -> float:
     """Say one strength in the other unit, for the same correction.
 
-    `absolute` adds `scale * vector`, `median_norm` adds `scale * m * direction`: the first is the second times m / norm.
+    `absolute` adds `scale * vector`, `median_norm` adds `scale * m * direction`: absolute = median_norm * m / norm.
 
     Args:
         scale: strength in the unit that is not `to`.
@@ -115,11 +117,11 @@ def _as_vector(vector: SteeringVector | Direction | Tensor) -> SteeringVector:
     return SteeringVector.of(vector)
 
 
-def _parts(rows: Any, site: Site | None) -> Iterable[Tensor]:
+def _parts(rows: Any, site: Site | None, edit: str | None) -> Iterable[Tensor]:
     if isinstance(rows, Tensor):
         return [rows]
     if hasattr(rows, "requests") and hasattr(rows, "rows"):
         if site is None:
             raise InputError("calibrating on a trace needs a site; give site=, or a vector that knows its own")
-        return (rows.rows(site=str(site), request=request).values for request in rows.requests())
+        return (rows.rows(site=site, edit=edit, **key._asdict()).values for key in rows.requests())
     return (getattr(part, "values", part) for part in rows)

@@ -92,6 +92,15 @@ class Op:
         """Width of the states that this op acts on; None when it takes any."""
         return next((int(getattr(self, name).shape[-1]) for name in self.vectors), None)
 
+    def describe(self) -> str:
+        """Return the op in words: its kind and its settings, vectors left out."""
+        parts = []
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.init and one.name != "math" and value is not None and not isinstance(value, Tensor):
+                parts.append(f"{one.name}={value:g}" if isinstance(value, float) else f"{one.name}={value}")
+        return f"{self.kind}({', '.join([*parts, self.math])})"
+
     def math_dtype(self, model: torch.dtype) -> torch.dtype:
         """Return the dtype of this op's arithmetic in a model of dtype `model`."""
         return _DTYPES.get(self.math, model)

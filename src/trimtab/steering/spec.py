@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from trimtab.errors import SiteError, SteeringError, VectorError
 from trimtab.sites import Site, SitePattern, nearest, resolve_sites
 from trimtab.steering import _canonical
-from trimtab.steering.gains import Gain, as_gain
-from trimtab.steering.ops import Op
+from trimtab.steering.gains import Constant, Gain, as_gain
+from trimtab.steering.ops import Math, Op
 from trimtab.steering.positions import Positions
 from trimtab.steering.program import Program, SiteProgram, Step
 
@@ -132,6 +132,19 @@ class Steering:
     def __repr__(self) -> str:
         parts = [f"{one.pattern}: {one.op.kind}[{one.positions}]" for one in self.bound]
         return f"Steering({'; '.join(parts)})"
+
+    def describe(self) -> str:
+        """Return the ops in words, in one line."""
+        parts = []
+        for one in self.bound:
+            rows = one.positions.canonical()
+            gain = "" if one.gain == Constant(1.0) else f" gain {one.gain}"
+            parts.append(f"{one.op.describe()} at {one.pattern} on {rows}{gain}")
+        return "; ".join(parts)
+
+    def with_math(self, math: Math) -> Steering:
+        """Return the same steering with the arithmetic of every op in `math`."""
+        return Steering.of([replace(one, op=replace(one.op, math=math)) for one in self.bound])
 
     @property
     def sites(self) -> tuple[str, ...]:
