@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import polars as pl
@@ -24,7 +25,7 @@ from trimtab.trace._format import (
 from trimtab.trace._shard import HEADER_LIMIT, encode_shard
 from trimtab.trace._statistics import measure
 from trimtab.trace._store import Store
-from trimtab.trace._tensors import buffer, digest
+from trimtab.trace._tensors import Buffers, buffer, digest
 
 _NAMES = tuple(IDENTITY)
 _DTYPE, _SHAPE, _RECORD_ID = (_NAMES.index(name) for name in ("dtype", "shape", "record_id"))
@@ -32,7 +33,7 @@ _UNMEASURED = (None, None, None, None, None)
 
 
 class Part:
-    """Collects records, tokens and doses, and commits them: shard, tokens, dose, then the records that name them.
+    """Collects records, tokens and doses; hands them, measured, to a second thread that commits them.
 
     Args:
         store: where the run lies.
@@ -40,28 +41,31 @@ class Part:
         number: number of the first part.
         level: what of a tensor is kept.
         limit: bytes of tensors and rows after which the part is committed.
+        buffers: takes back the memory of committed snapshots.
         release: called with the bytes that are no longer held.
+        fail: called at once with the error of a commit.
     """
 
     def __init__(
-        self, store: Store, rank: int, number: int, level: Level, limit: int, release: Callable[[int], None]
+        self,
+        store: Store,
+        rank: int,
+        number: int,
+        level: Level,
+        limit: int,
+        buffers: Buffers,
+        release: Callable[[int], None],
+        fail: Callable[[BaseException], None],
     ) -> None:
-        self.number = number
-        self.committed_parts = 0
         self.committed_records = 0
-        self._store, self._rank, self._level, self._limit, self._release = store, rank, level, limit, release
-        self._clear()
-
-    def _clear(self) -> None:
-        self._rows: list[tuple[Any, ...]] = []
-        self._tensors: list[torch.Tensor] = []
-        self._measured: list[tuple[Any, ...]] = []
-        self._tables: dict[str, list[tuple[Any, ...]]] = {"tokens": [], "dose": []}
-        self._held = 0
-        self._header = 0
+        self._store, self._rank, self._number, self._level, self._limit = store, rank, number, level, limit
+        self._buffers, self._release, self._fail = buffers, release, fail
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="trimtab-trace-committer")
+        self._running: Future[None] | None = None
+        self._open = _Content(number)
 
     def add_record(self, row: tuple[Any, ...], tensor: torch.Tensor | None, known: str | None, cost: int) -> None:
-        """Measure one record and keep it; commits first what is held when the limit is reached.
+        """Measure one record and keep it; commits what is held when the limit is reached.
 
         Args:
             row: the identity columns.
@@ -69,61 +73,96 @@ class Part:
             known: the digest, when it was computed already.
             cost: bytes that this record was counted with.
         """
-        kept = cost
+        content = self._open
+        size = 0
         if tensor is None:
-            self._measured.append((known, *_UNMEASURED))
+            content.measured.append((known, *_UNMEASURED))
         else:
             size = tensor.nbytes
             name = digest(buffer(tensor), row[_DTYPE], row[_SHAPE])
-            self._measured.append((name, *measure(tensor)))
+            content.measured.append((name, *measure(tensor)))
             if self._level == "values":
-                self._tensors.append(tensor)
+                content.tensors.append(tensor)
             else:
+                self._buffers.give([tensor])
                 self._release(size)
-                kept -= size
-        self._rows.append(row)
-        self._held += kept
-        self._header += kept if tensor is None or self._level != "values" else kept - tensor.nbytes
-        if self._held >= self._limit or self._header >= HEADER_LIMIT // 3:
+                cost -= size
+                size = 0
+        content.rows.append(row)
+        content.held += cost
+        content.header += cost - size
+        if content.held >= self._limit or content.header >= HEADER_LIMIT // 3:
             self.commit()
 
     def add_rows(self, table: str, rows: Sequence[tuple[Any, ...]], cost: int) -> None:
         """Keep rows of `tokens` or `dose`."""
-        self._tables[table].extend(rows)
-        self._held += cost
-        if self._held >= self._limit:
+        self._open.tables[table].extend(rows)
+        self._open.held += cost
+        if self._open.held >= self._limit:
             self.commit()
 
     def commit(self) -> None:
-        """Write everything held, durable in this order: shard, tokens, dose, records."""
-        if self._rows or any(self._tables.values()):
-            self._write()
-            self.number += 1
-            self.committed_parts += 1
-            self.committed_records += len(self._rows)
-        held = self._held
-        self._clear()
-        self._release(held)
+        """Hand everything held to the committing thread, after the commit before it has ended."""
+        self.settle()
+        if self._open.held:
+            content, self._open = self._open, _Content(self._open.number + 1)
+            self._running = self._committer.submit(self._write, content)
 
-    def _write(self) -> None:
-        frame = shard = shard_bytes = None
-        if self._rows:
-            columns = dict(zip(_NAMES, zip(*self._rows, strict=True), strict=True))
-            columns.update(zip(MEASURED, zip(*self._measured, strict=True), strict=True))
-            keys: list[str] | None = None
-            if self._level == "values":
-                shard = part_name(self._rank, "tensors", self.number)
-                keys = [str(identity) for identity in columns["record_id"]]
-                shard_bytes = self._store.put(shard, encode_shard(keys, self._tensors, columns))
-            frame = records_frame(columns, shard, keys)
-        for table, rows in self._tables.items():
-            if rows:
-                schema = TABLES[table]
-                data = pl.DataFrame(rows, schema=schema, orient="row")
-                self._store.put(part_name(self._rank, table, self.number), [encode_table(data)])
-        if frame is not None:
-            name = part_name(self._rank, "records", self.number)
-            self._store.put(name, [encode_records(frame, shard=shard, shard_bytes=shard_bytes)])
+    def settle(self) -> None:
+        """Return when everything handed over is on disk; raises what the commit raised."""
+        if self._running is not None:
+            running, self._running = self._running, None
+            running.result()
+
+    def end(self) -> None:
+        """End the committing thread."""
+        self._committer.shutdown()
+
+    def _write(self, content: _Content) -> None:
+        try:
+            write_part(self._store, self._rank, self._level, content)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self.committed_records += len(content.rows)
+        self._buffers.give(content.tensors)
+        self._release(content.held)
+
+
+class _Content:
+    """What becomes one part."""
+
+    __slots__ = ("header", "held", "measured", "number", "rows", "tables", "tensors")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.rows: list[tuple[Any, ...]] = []
+        self.tensors: list[torch.Tensor] = []
+        self.measured: list[tuple[Any, ...]] = []
+        self.tables: dict[str, list[tuple[Any, ...]]] = {"tokens": [], "dose": []}
+        self.held = 0
+        self.header = 0
+
+
+def write_part(store: Store, rank: int, level: Level, content: _Content) -> None:
+    """Make a part durable, in this order: shard, tokens, dose, and last the records that name the shard."""
+    frame = shard = shard_bytes = None
+    if content.rows:
+        columns = dict(zip(_NAMES, zip(*content.rows, strict=True), strict=True))
+        columns.update(zip(MEASURED, zip(*content.measured, strict=True), strict=True))
+        keys: list[str] | None = None
+        if level == "values":
+            shard = part_name(rank, "tensors", content.number)
+            keys = [str(identity) for identity in columns["record_id"]]
+            shard_bytes = store.put(shard, encode_shard(keys, content.tensors, columns))
+        frame = records_frame(columns, shard, keys)
+    for table, rows in content.tables.items():
+        if rows:
+            data = pl.DataFrame(rows, schema=TABLES[table], orient="row")
+            store.put(part_name(rank, table, content.number), [encode_table(data)])
+    if frame is not None:
+        records = encode_records(frame, shard=shard, shard_bytes=shard_bytes)
+        store.put(part_name(rank, "records", content.number), [records])
 
 
 def records_frame(
@@ -159,6 +198,8 @@ def encode_table(frame: pl.DataFrame, **footer: Any) -> bytes:
 
 def _series(name: str, values: Sequence[Any], kind: Any, count: int) -> pl.Series:
     first = values[0]
-    if not isinstance(kind, pl.List) and values.count(first) == count:
+    if values.count(first) == count:
         return pl.Series(name, [first], dtype=kind).new_from_index(0, count)
+    if isinstance(kind, pl.List):  # one conversion of all lists is twenty times faster than one per list
+        return pl.Series(name, [json.dumps(values)]).str.json_decode(pl.List(kind)).explode()
     return pl.Series(name, values, dtype=kind)

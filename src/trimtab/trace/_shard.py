@@ -134,7 +134,7 @@ def _encode_identity(keys: Sequence[str | None], columns: Mapping[str, Sequence[
         if name in _FLOATS:
             values = [_plain_float(value) for value in values]
         first = values[0]
-        if all(value == first for value in values):
+        if values.count(first) == len(values):
             packed[name] = {"all": first}
         else:
             packed[name] = {"each": list(values)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import mmap
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ SAFETENSORS_DTYPES = {
     "float8_e4m3fn": "F8_E4M3",
     "float8_e5m2": "F8_E5M2",
 }
+_LARGE = 1 << 20  # above it, malloc maps fresh pages for every snapshot
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
@@ -53,37 +55,80 @@ def dtype_of(text: str) -> torch.dtype:
     return found
 
 
-def snapshot(tensor: torch.Tensor, *, copy: bool = True) -> torch.Tensor:
-    """Return the values as a contiguous CPU tensor that later writes to `tensor` do not reach.
+class Buffers:
+    """Memory of large snapshots, used again: fresh pages cost the model's thread more than the copy itself.
 
     Args:
-        tensor: any strided tensor on any device.
-        copy: False returns the tensor itself where it already is contiguous on the CPU.
+        limit: most bytes that are kept for later.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._idle: dict[int, list[torch.Tensor]] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a contiguous CPU copy of a large tensor."""
+        size = tensor.nbytes
+        with self._lock:
+            found = self._idle.get(size)
+            flat = found.pop() if found else None
+            if flat is not None:
+                self._bytes -= size
+        if flat is None:
+            flat = torch.empty(size, dtype=torch.uint8)
+        return flat.view(tensor.dtype).reshape(tensor.shape).copy_(tensor)
+
+    def give(self, tensors: Iterable[torch.Tensor]) -> None:
+        """Take back snapshots that nobody reads any more."""
+        with self._lock:
+            for tensor in tensors:
+                if tensor.nbytes >= _LARGE and self._bytes + tensor.nbytes <= self._limit:
+                    self._bytes += tensor.nbytes
+                    self._idle.setdefault(tensor.nbytes, []).append(tensor.reshape(-1).view(torch.uint8))
+
+
+def plain(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor without its graph, if it has plain bytes.
 
     Raises:
         InputError: not a tensor, or one without plain bytes: quantised, sparse, nested, distributed, meta.
     """
     if tensor.__class__ not in _PLAIN:
         _check_class(tensor)
-    plain = tensor.detach()
-    if plain.layout is not torch.strided or plain.is_quantized or plain.is_meta or plain.is_nested:
-        raise InputError(_why_not(plain))
-    plain = plain.resolve_conj().resolve_neg()
-    if plain.device.type != "cpu":
-        return plain.to("cpu").contiguous()
-    if not copy and plain.is_contiguous():
-        return plain
+    bare = tensor.detach()
+    if bare.layout is not torch.strided or bare.is_quantized or bare.is_meta or bare.is_nested:
+        raise InputError(_why_not(bare))
+    return bare
+
+
+def snapshot(tensor: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+    """Return the values of a plain tensor, contiguous and on the CPU, out of reach of later writes to it."""
     try:
-        return plain.clone(memory_format=torch.contiguous_format)
+        if tensor.nbytes >= _LARGE:
+            return buffers.copy(tensor)
+        if tensor.device.type == "cpu":
+            return tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+        return contiguous(tensor)
     except NotImplementedError:  # the sub-byte integers have no copy kernel; each element fills one byte
-        raw = plain.view(torch.uint8).clone(memory_format=torch.contiguous_format)
-        return raw.view(plain.dtype)
+        return snapshot(tensor.view(torch.uint8), buffers).view(tensor.dtype)
+
+
+def contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the values of a plain tensor, contiguous and on the CPU; the tensor itself where it is so already."""
+    return tensor.resolve_conj().resolve_neg().to("cpu").contiguous()
 
 
 def buffer(tensor: torch.Tensor) -> Any:
     """Return the bytes of a contiguous CPU tensor without a copy; valid while the tensor lives."""
     size = tensor.nbytes
-    return (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""
+    return _array(size).from_address(tensor.data_ptr()) if size else b""
+
+
+@functools.lru_cache(maxsize=512)
+def _array(size: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * size  # making the type costs twenty times as much as using it
 
 
 def digest(data: Any, dtype: str, shape: Sequence[int]) -> str:

@@ -17,7 +17,13 @@ class Sink(Protocol):
         """Take one item."""
 
     def commit(self) -> None:
-        """Make everything taken durable."""
+        """Begin to make everything taken durable."""
+
+    def settle(self) -> None:
+        """Return when everything taken is durable."""
+
+    def end(self) -> None:
+        """Give back what the sink holds."""
 
 
 class Worker:
@@ -71,6 +77,13 @@ class Worker:
             if self._wanted:
                 self._condition.notify_all()
 
+    def fail(self, error: BaseException) -> None:
+        """Keep the first error and let everybody who waits see it; the thread ends."""
+        with self._condition:
+            self.error = self.error or error
+            self._pending, self._pending_bytes, self._held, self._flushing = [], 0, 0, False
+            self._condition.notify_all()
+
     def flush(self) -> None:
         """Return when everything put before is committed, or the thread has failed."""
         with self._condition:
@@ -97,10 +110,9 @@ class Worker:
             while self._step(sink):
                 pass
         except BaseException as error:
-            with self._condition:
-                self.error = error
-                self._pending, self._held, self._flushing = [], 0, False
-                self._condition.notify_all()
+            self.fail(error)
+        finally:
+            sink.end()
 
     def _step(self, sink: Sink) -> bool:
         with self._condition:
@@ -116,16 +128,18 @@ class Worker:
         del batch  # the sink decides what stays in memory
         if commit or self._starved():
             sink.commit()
+        if commit:
+            sink.settle()
         with self._condition:
             if commit and not self._pending:
                 self._flushing = False
             elif self._pending and self._oldest is None:
                 self._oldest = time.monotonic()
             self._condition.notify_all()
-        return not ending
+        return not ending and self.error is None
 
     def _ready(self) -> bool:
-        urgent = self._closing or self._flushing or self._wanted or self._due()
+        urgent = self.error or self._closing or self._flushing or self._wanted or self._due()
         return bool(urgent or self._pending_bytes >= _WAKE_BYTES)
 
     def _starved(self) -> bool:

@@ -262,7 +262,7 @@ class _Run:
         if not names:
             return pl.LazyFrame(schema=TABLES[table])
         if self.store.local:
-            return pl.scan_parquet([f"{self.store.root}/{name}" for name in names], schema=TABLES[table])
+            return pl.scan_parquet([f"{self.store.root}/{name}" for name in names], schema=TABLES[table], glob=False)
         return pl.concat([pl.read_parquet(source(self.store, name)).lazy() for name in names])
 
     def _try(self, table: str, name: str) -> None:

@@ -16,7 +16,7 @@ from trimtab.trace._format import DOSE, RECORD_ID_BASE, TOKENS, Level
 from trimtab.trace._parts import Part
 from trimtab.trace._session import close_session, open_session
 from trimtab.trace._store import open_store
-from trimtab.trace._tensors import buffer, digest, dtype_text, snapshot
+from trimtab.trace._tensors import Buffers, buffer, contiguous, digest, dtype_text, plain, snapshot
 from trimtab.trace._worker import Worker
 
 MIB = 1 << 20
@@ -166,8 +166,16 @@ class TraceWriter:
         self._max_bytes, self._stored = max_bytes, self._session.stored
         self._order = self._session.order
         self._worker = Worker(queue_bytes, part_seconds)
+        self._buffers = Buffers(part_bytes)
         self._sink = _Sink(
-            Part(self._store, rank, self._session.number, level, min(part_bytes, queue_bytes), self._worker.release)
+            self._store,
+            rank,
+            self._session.number,
+            level,
+            min(part_bytes, queue_bytes),
+            self._buffers,
+            self._worker.release,
+            self._worker.fail,
         )
         self._closed = False
         self._worker.start(self._sink)
@@ -190,22 +198,19 @@ class TraceWriter:
         self._check()
         order = self._order
         record_id = self.rank * RECORD_ID_BASE + order
-        shape = list(tensor.shape) if isinstance(tensor, torch.Tensor) else []
         row = make_row(name, fields, record_id, order, self.rank)
-        if self.level == "digests":
-            kept = None
-            plain = snapshot(tensor, copy=False)
-            dtype = dtype_text(plain.dtype)
-            known = digest(buffer(plain), dtype, shape)
-            size = 0
-        else:
-            size = tensor.nbytes if isinstance(tensor, torch.Tensor) else 0
-            self._reserve(name, size)
-            kept = snapshot(tensor)
-            dtype, known = dtype_text(kept.dtype), None
-        row["dtype"], row["shape"] = dtype, shape
+        bare = plain(tensor)
+        dtype, shape, size = dtype_text(bare.dtype), list(bare.shape), bare.nbytes
         if self.kind == "generation":
             _check_rows(name, row["positions"], shape)
+        kept = known = None
+        if self.level == "digests":
+            known = digest(buffer(contiguous(bare)), dtype, shape)
+            size = 0
+        else:
+            self._reserve(name, size)
+            kept = snapshot(bare, self._buffers)
+        row["dtype"], row["shape"] = dtype, shape
         cost = size + _ROW_BYTES + len(name) + 16 * len(row["positions"] or ())
         self._worker.put((tuple(row.values()), kept, known, cost), cost)
         self._order += 1
@@ -289,9 +294,9 @@ class TraceWriter:
 
     def _failure(self) -> TraceError:
         error = self._worker.error
-        part = self._sink.part
+        part = self._sink
         if isinstance(error, TraceError):
-            text = f"{error} ({part.committed_records} records in {part.committed_parts} parts of this writer)"
+            text = f"{error} ({part.committed_records} records of this writer)"
             failure: TraceError = type(error)(text)
         else:
             failure = TraceWriteError(
@@ -302,20 +307,14 @@ class TraceWriter:
         return failure
 
 
-class _Sink:
-    """Hands queued items to the open part."""
-
-    def __init__(self, part: Part) -> None:
-        self.part = part
+class _Sink(Part):
+    """The open part, fed by the queue."""
 
     def add(self, item: Any) -> None:
         if len(item) == 3:
-            self.part.add_rows(*item)
+            self.add_rows(*item)
         else:
-            self.part.add_record(*item)
-
-    def commit(self) -> None:
-        self.part.commit()
+            self.add_record(*item)
 
 
 def _check_rows(name: str, positions: Sequence[int] | None, shape: Sequence[int]) -> None:
