@@ -199,7 +199,7 @@ def resolve_sites(
         SiteError: nothing was given, a layer outside the model, or a point that a layer does not have.
     """
     listed = [patterns] if isinstance(patterns, (str, Site, SitePattern)) else list(patterns)
-    parsed = [SitePattern.parse(one) for item in listed for one in (_split(item) if isinstance(item, str) else [item])]
+    parsed = [SitePattern.parse(one) for item in listed for one in (split_patterns(item) if isinstance(item, str) else [item])]
     if not parsed:
         raise SiteError(f"no site was given; a site is {_GRAMMAR}")
     found: set[Site] = set()
@@ -217,7 +217,8 @@ def nearest(site: Site | str, existing: Iterable[Site], count: int = 3) -> str:
     return ", ".join(difflib.get_close_matches(str(site), names, n=count, cutoff=0.0)) or "none"
 
 
-def _split(text: str) -> list[str]:
+def split_patterns(text: str) -> list[str]:
+    """Return the patterns that a text holds, separated by spaces, commas or semicolons."""
     return [part for part in re.split(r"[;\s]+|,(?![^{}]*\})", text.strip()) if part]
 
 

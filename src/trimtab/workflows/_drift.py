@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import polars as pl
 import torch
@@ -149,7 +150,7 @@ def cap_steps(reference: Side, candidate: Side, prompt: int, steps: int) -> list
     ]
 
 
-def _doses(trace: Trace, prompt: int, first: int, steps: int) -> list[dict[str, object]]:
+def _doses(trace: Trace, prompt: int, first: int, steps: int) -> list[dict[str, Any]]:
     inside = (pl.col("prompt") == prompt) & (pl.col("position") >= first) & (pl.col("position") < first + steps)
     return trace.dose.filter(inside).sort("site", "op", "position").to_dicts()
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
+from typing import cast
+
+from torch import Tensor
 
 from trimtab import testbed
 from trimtab.backends import ModelInfo
 from trimtab.directions import load_direction
-from trimtab.errors import InputError, SteeringError
+from trimtab.errors import InputError, SiteError, SteeringError, VectorError
+from trimtab.sites import Site
 from trimtab.steering import Ablate, Add, Cap, Op, Steering
-from trimtab.workflows.config import Steer
+from trimtab.workflows.config import Math, Steer
 
 SteeringInput = Steering | Steer | str | Path | None
 
@@ -37,9 +40,7 @@ def build_steering(given: SteeringInput, info: ModelInfo) -> Steering | None:
 
 def with_math(steering: Steering | None, math: str) -> Steering | None:
     """Return the same steering with every op's arithmetic in `math`."""
-    if steering is None:
-        return None
-    return replace(steering, bound=tuple(replace(one, op=replace(one.op, math=math)) for one in steering.bound))
+    return None if steering is None else steering.with_math(cast(Math, math))
 
 
 def describe(steering: Steering | None) -> str:
@@ -48,21 +49,31 @@ def describe(steering: Steering | None) -> str:
 
 
 def _from_words(words: Steer, info: ModelInfo) -> Steering:
-    source = words.vector
-    if source.startswith("testbed:"):
-        source = str(testbed.direction(source.removeprefix("testbed:")))
-    layer = words.layer
-    direction = load_direction(source, layer=layer, hidden_size=info.hidden_size)
-    layer = direction.layer if layer is None else layer
+    vector, layer = _vector(words, info)
     if layer is None:
         raise SteeringError(f"the vector {words.vector!r} does not say its layer; give one, 0 to {info.num_layers - 1}")
+    if not -info.num_layers <= layer < info.num_layers:
+        raise SiteError(f"layer {layer} is outside this model, which has layers 0 to {info.num_layers - 1}")
     op: Op
     if words.op == "cap":
-        op = Cap(direction.vector, min=words.cap_min, max=words.cap, math=words.op_math)
+        op = Cap(vector, min=words.cap_min, max=words.cap, math=words.op_math)
     elif words.op == "add":
         assert words.add is not None
-        op = Add(direction.vector, scale=words.add, math=words.op_math)
+        op = Add(vector, scale=words.add, math=words.op_math)
     else:
         assert words.keep is not None
-        op = Ablate(direction.vector, keep=words.keep, math=words.op_math)
-    return Steering({f"layers.{layer}.{words.point}": [op]}, positions=words.where)
+        op = Ablate(vector, keep=words.keep, math=words.op_math)
+    return Steering({f"layers.{layer % info.num_layers}.{words.point}": [op]}, positions=words.where)
+
+
+def _vector(words: Steer, info: ModelInfo) -> tuple[Tensor, int | None]:
+    if words.vector.startswith("testbed:"):
+        ready = testbed.direction(words.vector.removeprefix("testbed:"))
+        if len(ready.vector) != info.hidden_size:
+            raise VectorError(
+                f"the vector {words.vector!r} has {len(ready.vector)} components, and this model's hidden size is "
+                f"{info.hidden_size}; it fits the testbed model only"
+            )
+        return ready.vector, words.layer if words.layer is not None else Site.parse(ready.site).layer
+    read = load_direction(words.vector, layer=words.layer, hidden_size=info.hidden_size)
+    return read.vector, words.layer if words.layer is not None else read.layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ class _Ran:
     """What one precision did: free, and along the reference's tokens."""
 
     setting: _Setting
+    steering: Steering
     free: Generation
     side: Side
 
@@ -90,25 +92,15 @@ def debug_decode(
     options = {key: value for key, value in options.items() if value is not None}
     with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch, progress("debug-decode", 4) as bar:
         ran: list[_Ran] = []
-        runner: Backend | None = None
-        try:
-            for setting in (reference, tested):
-                if runner is None or runner.info.dtype != setting.dtype:
-                    if runner is not None:
-                        runner.close()
-                    runner = open_backend(backend, model, dtype=setting.dtype, **options)
-                spec = build_steering(steering, runner.info)
+        for number, setting in enumerate((reference, tested)):
+            with closing(open_backend(backend, model, dtype=setting.dtype, **options)) as runner:
+                spec = with_math(build_steering(steering, runner.info), setting.math)
                 if spec is None:
                     raise SteeringError(
                         "debug-decode looks at an op: give a vector with a layer and a cap, or a steering file"
                     )
-                place = Path(scratch) / setting.label
-                ran.append(_run(runner, setting, with_math(spec, setting.math), request, ran, place, bar))
-        finally:
-            if runner is not None:
-                runner.close()
-        assert spec is not None
-        return _compare(ran[0], ran[1], model=runner.model_id, prompt=prompt, steering=spec)
+                ran.append(_run(runner, setting, spec, request, ran, Path(scratch) / str(number), bar))
+        return _compare(ran[0], ran[1], model=str(model), prompt=prompt)
 
 
 def _settings(dtype: str, precision: str | None, other: str | None) -> tuple[_Setting, _Setting]:
@@ -129,13 +121,12 @@ def _settings(dtype: str, precision: str | None, other: str | None) -> tuple[_Se
 def _run(
     runner: Backend,
     setting: _Setting,
-    spec: Steering | None,
+    spec: Steering,
     request: Request,
     before: Sequence[_Ran],
     place: Path,
     bar: Progress,
 ) -> _Ran:
-    assert spec is not None
     bar.describe(f"{setting.label}: free")
     steered = _with(request, spec, None)
     free = runner.generate([steered])[0]
@@ -148,7 +139,7 @@ def _run(
         runner.generate([_with(request, spec, tokens)], capture=capture, writer=writer)
     bar.advance()
     trace = Trace.open(place)
-    return _Ran(setting, free, Side(setting.label, trace, trace.tokens))
+    return _Ran(setting, spec, free, Side(setting.label, trace, trace.tokens))
 
 
 def _with(request: Request, spec: Steering, forced: tuple[int, ...] | None) -> Request:
@@ -168,16 +159,16 @@ def one_site(steering: Steering, num_layers: int) -> Site:
     Raises:
         SteeringError: it has several.
     """
-    sites = {site for one in steering.bound for site in one.site.resolve(num_layers)}
+    sites = {site for one in steering.bound for site in one.pattern.resolve(num_layers)}
     if len(sites) != 1:
         names = ", ".join(sorted(str(site) for site in sites))
         raise SteeringError(f"debug-decode looks at one site, and this steering has {len(sites)}: {names}")
     return sites.pop()
 
 
-def _compare(reference: _Ran, tested: _Ran, *, model: str, prompt: str, steering: Steering) -> DecodeComparison:
+def _compare(reference: _Ran, tested: _Ran, *, model: str, prompt: str) -> DecodeComparison:
     found = match(reference.free.token_ids, tested.free.token_ids)
-    site = reference.side.trace.index["site"][0]
+    site = str(reference.side.trace.index["site"][0])
     reason = (
         f"the same {len(tested.free.token_ids)} tokens"
         if found.first_divergence is None
@@ -189,7 +180,7 @@ def _compare(reference: _Ran, tested: _Ran, *, model: str, prompt: str, steering
         model=model,
         prompt=prompt,
         site=site,
-        steering=describe(steering),
+        steering=describe(tested.steering),
         label=tested.setting.label,
         reference_label=reference.setting.label,
         text=tested.free.text,

@@ -14,6 +14,7 @@ from trimtab._base.progress import progress
 from trimtab.backends import Backend, Capture, Generation, Message, Prompt, Request, Sampling, open_backend
 from trimtab.errors import ComparisonError, InputError
 from trimtab.results import GeneratedText, GenerationRun
+from trimtab.sites import split_patterns
 from trimtab.steering import Positions, Steering
 from trimtab.trace import Trace, TraceWriter
 from trimtab.workflows._steer import SteeringInput, build_steering, describe
@@ -165,7 +166,7 @@ def capture(
     options = {name: value for name, value in locals().items() if name in MODEL_OPTIONS}
     edits: dict[str, tuple[Literal["before", "after"], ...]] = {"both": ("before", "after"), "before": ("before",)}
     wanted = Capture(
-        sites=(sites,) if isinstance(sites, str) else tuple(sites),
+        sites=tuple(split_patterns(sites)) if isinstance(sites, str) else tuple(sites),
         positions=positions,
         edit=edits.get(edit, ("after",)),
     )
@@ -199,15 +200,13 @@ def as_prompt(given: PromptInput) -> Prompt:
         if not given.strip():
             raise InputError("a prompt is empty; give at least one word")
         return given
-    items = tuple(given)
+    items: tuple[Any, ...] = tuple(given)
     if not items:
         raise InputError("a prompt is empty; give at least one token or message")
-    if all(isinstance(item, int) for item in items):
-        return tuple(int(item) for item in items)  # type: ignore[arg-type]
-    if all(isinstance(item, Message) for item in items):
-        return items  # type: ignore[return-value]
+    if all(isinstance(item, (int, Message)) for item in items) and len({type(item) for item in items}) == 1:
+        return items
     if all(isinstance(item, Mapping) and set(item) == {"role", "content"} for item in items):
-        return tuple(Message(role=item["role"], content=item["content"]) for item in items)  # type: ignore[index,call-overload]
+        return tuple(Message(role=item["role"], content=item["content"]) for item in items)
     raise InputError("a prompt is text, token ids, or messages with exactly the keys role and content")
 
 

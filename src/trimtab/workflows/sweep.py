@@ -19,6 +19,7 @@ from trimtab._base.progress import Progress, progress
 from trimtab.backends import Backend, Capture, Generation, ModelInfo, Request, Sampling, open_backend
 from trimtab.errors import InputError, RecipeError, UnfinishedError
 from trimtab.results import SweepRun
+from trimtab.sites import split_patterns
 from trimtab.steering import Steering
 from trimtab.trace import TraceWriter
 from trimtab.workflows import _sweep_files
@@ -260,7 +261,7 @@ def _run_pass(
         )
         for index, (text, tokens) in enumerate(zip(plan.prompts, forced, strict=True))
     ]
-    capture = Capture(sites=(plan.sites,), positions="response") if which == "forced" else None
+    capture = Capture(sites=tuple(split_patterns(plan.sites)), positions="response") if which == "forced" else None
     record = provenance.collect(
         model=plan.model, model_digest=plan.model_digest, config=config.label, dtype=config.dtype
     )
@@ -274,7 +275,6 @@ def _run_pass(
                 capture=capture,
                 writer=writer,
                 config=config.label,
-                dose="full",
                 allow_unfired=plan.allow_unfired,
             )
             bar.advance(len(batch))
