@@ -1,0 +1,146 @@
+"""Lay two matched units side by side, a few rows at a time."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+from collections.abc import Iterator
+from itertools import accumulate
+
+import numpy as np
+import torch
+
+from trimtab.compare._measured import Floats
+from trimtab.compare._sides import Ints
+from trimtab.compare.match import Pair
+from trimtab.compare.measure import Chunk, as_rows, is_exact
+from trimtab.numerics.dtypes import coarser
+from trimtab.numerics.ulp import max_ulp
+from trimtab.trace import Trace
+
+CHUNK_ELEMENTS = 4 << 20
+SAMPLE_ELEMENTS = 4 << 20
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+
+
+class Aligned:
+    """A pair with its tensors, memory-mapped and read in chunks; what `verdict.Probe` asks for is measured here."""
+
+    def __init__(self, pair: Pair, reference: Trace, candidate: Trace) -> None:
+        self.pair = pair
+        self._sides = (reference, candidate)
+        self._load = functools.lru_cache(maxsize=4)(self._read)
+        first = [self._load(0, pair.reference_ids[0]), self._load(1, pair.candidate_ids[0])]
+        self.dtypes = (first[0].dtype, first[1].dtype)
+        shapes = (tuple(first[0].shape), tuple(first[1].shape))
+        if pair.positions is None:
+            self.shapes: tuple[tuple[int, ...], tuple[int, ...]] = shapes
+            rows = as_rows(first[0])
+            self.rows, self.width = rows.shape
+            self._offsets: list[int] = [0]
+        else:
+            self.rows = len(pair.positions)
+            self.shapes = ((self.rows, *shapes[0][1:]), (self.rows, *shapes[1][1:]))
+            self.width = _flat_rows(first[0]).shape[1]
+            lengths = [len(segment.reference_rows) for segment in pair.segments]
+            self._offsets = [0, *accumulate(lengths)][:-1]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the two sides have one shape."""
+        return self.shapes[0] == self.shapes[1]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the pair, for coordinates; a complex element counts as two."""
+        shape = self.shapes[0]
+        return (*shape, 2) if self.dtypes[0].is_complex else shape
+
+    def chunks(self, elements: int = CHUNK_ELEMENTS) -> Iterator[Chunk]:
+        """Yield rows of both sides in order, as `[rows, width]` views or gathered copies."""
+        step = max(1, elements // max(self.width, 1))
+        for begin in range(0, self.rows, step):
+            yield self.between(begin, min(begin + step, self.rows))
+
+    def between(self, begin: int, end: int) -> Chunk:
+        """Return the rows `[begin, end)` of both sides."""
+        if self.pair.positions is None:
+            reference = as_rows(self._load(0, self.pair.reference_ids[0]))
+            candidate = as_rows(self._load(1, self.pair.candidate_ids[0]))
+            return Chunk(begin, reference[begin:end], candidate[begin:end])
+        parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for number in range(bisect.bisect_right(self._offsets, begin) - 1, len(self._offsets)):
+            offset, segment = self._offsets[number], self.pair.segments[number]
+            if offset >= end:
+                break
+            cut = slice(max(begin - offset, 0), end - offset)
+            reference = _take(self._load(0, segment.reference_id), segment.reference_rows[cut])
+            parts.append((reference, _take(self._load(1, segment.candidate_id), segment.candidate_rows[cut])))
+        if len(parts) == 1:
+            return Chunk(begin, *parts[0])
+        return Chunk(begin, torch.cat([one[0] for one in parts]), torch.cat([one[1] for one in parts]))
+
+    def window(self, row: int, elements: int = SAMPLE_ELEMENTS) -> Chunk:
+        """Return a contiguous run of rows around `row`; everything when it fits."""
+        count = min(self.rows, max(1, elements // max(self.width, 1)))
+        begin = min(max(0, row - count // 2), self.rows - count)
+        return self.between(begin, begin + count)
+
+    def channels(self) -> tuple[Floats, Floats]:
+        """Per channel: slope - 1, and mean error over the channel's rms in the reference."""
+        product, square, error = (np.zeros(self.width) for _ in range(3))
+        for chunk in self.chunks():
+            reference, candidate = (np.nan_to_num(side.double().numpy(), posinf=0, neginf=0) for side in chunk[1:])
+            difference = candidate - reference
+            product += np.einsum("rc,rc->c", difference, reference)
+            square += np.einsum("rc,rc->c", reference, reference)
+            error += difference.sum(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return product / square, error / np.sqrt(self.rows * square)
+
+    def channel_rms(self, channel: int) -> float:
+        """The reference's rms in one channel."""
+        square = sum(float(np.nansum(chunk.reference[:, channel].double().numpy() ** 2)) for chunk in self.chunks())
+        return float(np.sqrt(square / max(self.rows, 1)))
+
+    def max_ulp(self) -> int | None:
+        """Largest distance in representable steps of the coarser dtype; None when a side is not finite."""
+        dtype = coarser(*(side.to_real() if side.is_complex else side for side in self.dtypes))
+        worst = 0
+        for chunk in self.chunks():
+            if not (chunk.reference.double().isfinite().all() and chunk.candidate.double().isfinite().all()):
+                return None
+            worst = max(worst, int(max_ulp(chunk.reference, chunk.candidate, dtype)))
+        return worst
+
+    def quantiles(self) -> tuple[float, ...]:
+        """|a - r| at 0.5, 0.9, 0.99 and 0.999; above 4 M elements, of evenly spread rows."""
+        step = max(1, -(-self.rows * self.width // SAMPLE_ELEMENTS))
+        gaps = []
+        for chunk in self.chunks():
+            rows = slice(-chunk.start % step, None, step)
+            gap = (chunk.candidate[rows].double() - chunk.reference[rows].double()).abs()
+            gaps.append(gap[gap.isfinite()].numpy())
+        every = np.concatenate(gaps) if gaps else np.zeros(0)
+        return tuple(float(value) for value in np.quantile(every, QUANTILES)) if every.size else (0.0,) * len(QUANTILES)
+
+    def _read(self, side: int, record_id: int) -> torch.Tensor:
+        return self._sides[side].tensor(record_id)
+
+    @property
+    def comparable(self) -> bool:
+        """Whether both sides are of one kind: exact, real or complex."""
+        return len({(is_exact(dtype), dtype.is_complex) for dtype in self.dtypes}) == 1
+
+
+def _flat_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """View a record of rows as `[rows, width]`."""
+    return as_rows(tensor.reshape(tensor.shape[0], -1))
+
+
+def _take(tensor: torch.Tensor, rows: Ints) -> torch.Tensor:
+    """Select rows: a view when they are contiguous, else a copy."""
+    flat = _flat_rows(tensor)
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 2 or bool((np.diff(rows) == 1).all())):
+        return flat[int(rows[0]) : int(rows[-1]) + 1]
+    return flat[torch.from_numpy(rows)]

@@ -1,0 +1,281 @@
+"""Pair the units of two sides: records by identity, rows by position, up to where the tokens diverge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+
+from trimtab.compare._sides import KEY, Ints, Side, TokenKey, Tokens
+from trimtab.errors import ComparisonError
+from trimtab.results.comparison import RecordKey, TokenDivergence
+
+
+class Segment(NamedTuple):
+    """Rows of one record on each side, in step."""
+
+    reference_id: int
+    candidate_id: int
+    reference_rows: Ints
+    candidate_rows: Ints
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pair:
+    """Two units that match, and how to lay them side by side."""
+
+    key: RecordKey
+    order: int
+    reference_ids: tuple[int, ...]
+    candidate_ids: tuple[int, ...]
+    same_digest: bool
+    """Every record of one side has the digest and the rows of one on the other: identical without reading."""
+    stored: bool
+    """Whether both sides kept values; statistics and digests alone cannot show how large a difference is."""
+    segments: tuple[Segment, ...] = ()
+    positions: Ints | None = None
+    """Absolute positions of the compared rows; None for records compared whole."""
+
+    @property
+    def items(self) -> int:
+        """What the ledger counts: rows, or one record."""
+        return 1 if self.positions is None else len(self.positions)
+
+
+@dataclass(frozen=True, slots=True)
+class Short:
+    """Items of one side that will not be compared."""
+
+    side: str
+    kind: str
+    key: RecordKey
+    count: int
+    reason: str
+    group: str = ""
+    """Entries with an equal group are reported as one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Matched:
+    """All pairs and everything that stays without a partner."""
+
+    pairs: tuple[Pair, ...]
+    short: tuple[Short, ...]
+    tokens: tuple[TokenDivergence, ...]
+    warnings: tuple[str, ...]
+
+
+def match(reference: Side, candidate: Side) -> Matched:
+    """Pair up two sides.
+
+    Raises:
+        ComparisonError: the prompts of the two runs differ.
+    """
+    divergences = _token_divergences(reference, candidate)
+    limits = {(one.config, one.prompt, one.request): one.position for one in divergences}
+    joined = reference.units.join(
+        candidate.units, on=list(KEY), how="full", nulls_equal=True, coalesce=True, suffix="_c"
+    )
+    joined = joined.sort("first_order", "first_order_c", nulls_last=True, maintain_order=True)
+    pairs: list[Pair] = []
+    short: list[Short] = []
+    for row in joined.iter_rows(named=True):
+        key = _key(row)
+        if row["ids"] is None or row["ids_c"] is None:
+            short.append(_lonely(key, row, "reference" if row["ids_c"] is None else "candidate"))
+        elif row["by_row"]:
+            limit = limits.get((key.config, key.prompt or 0, str(key.request)))
+            _match_rows(key, row, limit, (reference, candidate), pairs, short)
+        else:
+            pairs.append(_match_whole(key, row))
+    return Matched(tuple(pairs), tuple(short), divergences, _warnings(reference, candidate, joined))
+
+
+def _key(row: dict[str, Any]) -> RecordKey:
+    layer = row["layer_recorded"] if row["layer_recorded"] is not None else row["layer_recorded_c"]
+    values = {name: row[name] for name in KEY if name not in ("by_row", "layer")}
+    return RecordKey(layer=layer, **values)
+
+
+def _lonely(key: RecordKey, row: dict[str, Any], side: str) -> Short:
+    suffix, other = ("", "candidate") if side == "reference" else ("_c", "reference")
+    count = len(set().union(*row[f"positions{suffix}"])) if row["by_row"] else 1
+    return Short(side, "unmatched", key, count, f"the {other} has no such record")
+
+
+def _match_whole(key: RecordKey, row: dict[str, Any]) -> Pair:
+    digests = (row["digests"][0], row["digests_c"][0])
+    return Pair(
+        key=key,
+        order=row["first_order"],
+        reference_ids=tuple(row["ids"]),
+        candidate_ids=tuple(row["ids_c"]),
+        same_digest=digests[0] is not None and digests[0] == digests[1],
+        stored=row["stored"] and row["stored_c"],
+    )
+
+
+def _match_rows(
+    key: RecordKey,
+    row: dict[str, Any],
+    limit: int | None,
+    sides: tuple[Side, Side],
+    pairs: list[Pair],
+    short: list[Short],
+) -> None:
+    """Match rows by position, below `limit` (the first position whose token differs)."""
+    ours, theirs = _Rows.gather(row, ""), _Rows.gather(row, "_c")
+    for side, rows, ids in ((sides[0], ours, row["ids"]), (sides[1], theirs, row["ids_c"])):
+        twice = rows.contradictions(side, ids)
+        if twice:
+            reason = f"position {twice[0]} is recorded more than once, with different values"
+            short.append(Short(side.label, "skipped", key, len(twice), reason))
+    common, at, at_c = np.intersect1d(ours.positions, theirs.positions, assume_unique=True, return_indices=True)
+    where = f"tokens prompt={key.prompt} request={key.request}" + (f" config={key.config}" if key.config else "")
+    for label, rows in (("reference", ours), ("candidate", theirs)):
+        after = 0 if limit is None else int((rows.positions >= limit).sum())
+        if after:
+            reason = f"tokens diverge at position {limit}; later rows are not comparable"
+            short.append(Short(label, "skipped", key, after, reason, group=where))
+        alone = np.setdiff1d(rows.positions, common)
+        alone = alone if limit is None else alone[alone < limit]
+        if alone.size:
+            other = "candidate" if label == "reference" else "reference"
+            reason = f"the {other} has no row at position {_spans(alone)}"
+            short.append(Short(label, "unmatched", key, int(alone.size), reason))
+    if limit is not None:
+        keep = common < limit
+        common, at, at_c = common[keep], at[keep], at_c[keep]
+    if common.size == 0:
+        return
+    segments = tuple(_segments(row, ours, theirs, at, at_c))
+    pairs.append(
+        Pair(
+            key=key,
+            order=row["first_order"],
+            reference_ids=tuple(row["ids"]),
+            candidate_ids=tuple(row["ids_c"]),
+            same_digest=limit is None and _same_digests(row),
+            stored=row["stored"] and row["stored_c"],
+            segments=segments,
+            positions=common,
+        )
+    )
+
+
+class _Rows(NamedTuple):
+    """Rows of one unit by position: in which of its records each lies, and where there."""
+
+    positions: Ints
+    record: Ints
+    row: Ints
+    repeats: tuple[tuple[int, int, int], ...]
+    """Position, record and row of every further row of a position; only the first is compared."""
+
+    @classmethod
+    def gather(cls, row: dict[str, Any], suffix: str) -> _Rows:
+        cuts = [np.asarray(cut, dtype=np.int64) for cut in row[f"positions{suffix}"]]
+        positions = np.concatenate(cuts)
+        record = np.repeat(np.arange(len(cuts)), [len(cut) for cut in cuts])
+        index = np.concatenate([np.arange(len(cut)) for cut in cuts])
+        unique, first = np.unique(positions, return_index=True)
+        rest = np.setdiff1d(np.arange(len(positions)), first)
+        repeats = tuple((int(positions[one]), int(record[one]), int(index[one])) for one in rest)
+        return cls(unique, record[first], index[first], repeats)
+
+    def contradictions(self, side: Side, ids: list[int]) -> list[int]:
+        """Positions that were recorded again with other bytes; equal rows count once."""
+        found = []
+        for position, record, row in self.repeats:
+            at = int(np.searchsorted(self.positions, position))
+            first = side.trace.tensor(ids[self.record[at]])[int(self.row[at])]
+            again = side.trace.tensor(ids[record])[row]
+            if first.dtype != again.dtype or not torch.equal(
+                first.contiguous().view(-1).view(torch.uint8), again.contiguous().view(-1).view(torch.uint8)
+            ):
+                found.append(position)
+        return found
+
+
+def _segments(row: dict[str, Any], ours: _Rows, theirs: _Rows, at: Ints, at_c: Ints) -> Iterator[Segment]:
+    """Cut the common rows wherever either side goes on in another record."""
+    record, record_c = ours.record[at], theirs.record[at_c]
+    cuts = np.flatnonzero((np.diff(record) != 0) | (np.diff(record_c) != 0)) + 1
+    for part in np.split(np.arange(len(at)), cuts):
+        yield Segment(
+            row["ids"][record[part[0]]], row["ids_c"][record_c[part[0]]], ours.row[at[part]], theirs.row[at_c[part]]
+        )
+
+
+def _same_digests(row: dict[str, Any]) -> bool:
+    if None in row["digests"] or None in row["digests_c"]:
+        return False
+    ours = sorted(zip(row["digests"], map(tuple, row["positions"]), strict=True))
+    return ours == sorted(zip(row["digests_c"], map(tuple, row["positions_c"]), strict=True))
+
+
+def _spans(positions: Ints) -> str:
+    ends = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
+    texts = [f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in ends]
+    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more runs" if len(texts) > 4 else "")
+
+
+def _token_divergences(reference: Side, candidate: Side) -> tuple[TokenDivergence, ...]:
+    """Where the tokens of each common request first differ.
+
+    Raises:
+        ComparisonError: they differ inside the prompt.
+    """
+    found = []
+    for key in reference.tokens.keys() & candidate.tokens.keys():
+        ours, theirs = reference.tokens[key], candidate.tokens[key]
+        common, at, at_c = np.intersect1d(ours.positions, theirs.positions, return_indices=True)
+        unequal = np.flatnonzero(ours.ids[at] != theirs.ids[at_c])
+        if ours.prompt_length != theirs.prompt_length or (
+            unequal.size and common[unequal[0]] < ours.positions[0] + ours.prompt_length
+        ):
+            raise ComparisonError(_prompt_message(key, ours, theirs, common, at, at_c, unequal))
+        if unequal.size:
+            first = unequal[0]
+            found.append(
+                TokenDivergence(
+                    config=key[0],
+                    prompt=key[1],
+                    request=key[2],
+                    position=int(common[first]),
+                    reference_id=int(ours.ids[at[first]]),
+                    candidate_id=int(theirs.ids[at_c[first]]),
+                )
+            )
+    return tuple(sorted(found, key=lambda one: (one.config, one.prompt, one.request)))
+
+
+def _prompt_message(
+    key: TokenKey, ours: Tokens, theirs: Tokens, common: Ints, at: Ints, at_c: Ints, unequal: Ints
+) -> str:
+    start = f"prompt {key[1]} (request {key[2]}) is not the same in the two runs: "
+    rest = "; compare runs of the same prompts"
+    if ours.prompt_length != theirs.prompt_length:
+        return f"{start}{ours.prompt_length} tokens in the reference, {theirs.prompt_length} in the candidate{rest}"
+    first = unequal[0]
+    ids = f"token {ours.ids[at[first]]} in the reference, {theirs.ids[at_c[first]]} in the candidate"
+    return f"{start}at position {common[first]} {ids}{rest}"
+
+
+def _warnings(reference: Side, candidate: Side, joined: pl.DataFrame) -> tuple[str, ...]:
+    warnings = []
+    if joined["by_row"].any():
+        without = [side.label for side in (reference, candidate) if not side.tokens]
+        if without:
+            warnings.append(
+                f"the {' and the '.join(without)} recorded no token ids: rows are matched by position alone"
+            )
+    repeats = joined.filter(pl.col("occurrence") > 0)
+    if repeats.height:
+        name = _key(repeats.row(0, named=True)).text
+        warnings.append(f"{repeats.height} records share their identity with another; paired in order, such as {name}")
+    return tuple(warnings)

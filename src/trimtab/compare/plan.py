@@ -1,0 +1,234 @@
+"""The plan of a comparison: what will be compared with what, by which rule. Frozen and printable; reads no tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trimtab.compare._sides import Side, choose_configs, make_side, open_trace
+from trimtab.compare.expect import Expectation, Met, check, parse_expectation, read_expectation
+from trimtab.compare.match import Matched, Pair, match
+from trimtab.compare.rules import Rule, first_match, parse_rules
+from trimtab.compare.verdict import Calibrated, Rules, Verdict, parse_verdict
+from trimtab.errors import ComparisonError, InputError
+from trimtab.numerics.dtypes import coarser, resolve_dtype
+from trimtab.results.comparison import RecordKey
+from trimtab.trace import Trace
+
+Source = Trace | str | Path
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Noise:
+    """Two runs of the reference that differ by noise only, matched like any two traces."""
+
+    reference: Side
+    candidate: Side
+    pairs: dict[RecordKey, Pair]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True, eq=False)
+class ComparisonPlan:
+    """Everything `execute` needs; `describe()` prints it."""
+
+    reference: Side
+    candidate: Side
+    matched: Matched
+    verdict: Verdict
+    rules: tuple[Rule, ...]
+    noise: Noise | None
+    waive: tuple[str, ...]
+    expectations: tuple[Expectation | None, Expectation | None]
+    met: tuple[Met | None, Met | None]
+    compute_dtype: torch.dtype | None
+    """The coarser dtype the models computed in, where the traces say so."""
+    num_layers: int | None
+    verify: bool
+    keep_rows: bool
+
+    def rule_for(self, key: RecordKey) -> Rule | None:
+        """The per-tensor rule that judges a record, if any."""
+        return first_match(self.rules, key.tensor)
+
+    def lines(self) -> tuple[str, ...]:
+        """The plan in lines, without the single pairs."""
+        matched = self.matched
+        by_row = sum(pair.positions is not None for pair in matched.pairs)
+        same = sum(pair.same_digest for pair in matched.pairs)
+        expected = [one.source if one is not None else "nothing" for one in self.expectations]
+        lines = [
+            f"reference: {self.reference.path} ({self.reference.units.height} units)",
+            f"candidate: {self.candidate.path} ({self.candidate.units.height} units)",
+            f"verdict: {self.verdict}",
+            *(f"rule: {rule}" for rule in self.rules),
+            f"expected: {expected[0]} (reference), {expected[1]} (candidate)",
+            f"pairs: {len(matched.pairs)} ({by_row} by row and position, {len(matched.pairs) - by_row} whole; "
+            f"{same} identical by digest{', verified' if self.verify else ', not read'})",
+        ]
+        if self.noise is not None:
+            lines.append(f"noise: {self.noise.reference.path} against {self.noise.candidate.path}")
+        lines += [
+            f"tokens diverge: prompt {one.prompt} request {one.request} at position {one.position}"
+            for one in matched.tokens
+        ]
+        short = sum(one.count for one in matched.short)
+        missing = sum(one.count for met in self.met if met is not None for one in met.missing)
+        return (*lines, f"not comparable: {short} items unmatched or skipped, {missing} missing")
+
+    def describe(self, limit: int = 50) -> str:
+        """Print the plan with its pairs.
+
+        Args:
+            limit: how many pairs and unmatched items are listed; the rest is counted.
+        """
+        pairs = [f"  {pair.key.text}: {_how(pair)}" for pair in self.matched.pairs]
+        short = [f"  {one.kind} ({one.side}) {one.key.text}: {one.reason}" for one in self.matched.short]
+        lines = [*self.lines()]
+        for listed in (pairs, short):
+            lines += listed[:limit] + ([f"  ... and {len(listed) - limit} more"] if len(listed) > limit else [])
+        return "\n".join(lines)
+
+
+def plan_comparison(
+    reference: Source,
+    candidate: Source,
+    *,
+    verdict: str | Verdict = "calibrated",
+    rules: Sequence[str | Rule] | None = None,
+    noise: Source | tuple[Source, Source] | None = None,
+    waive: Sequence[str] = (),
+    expect: str | Path | None = None,
+    verify: bool = False,
+    config: str | None = None,
+    reference_config: str | None = None,
+    keep_rows: bool = False,
+) -> ComparisonPlan:
+    """Plan a comparison without reading a tensor; the arguments are those of `compare`.
+
+    Raises:
+        InputError: a verdict, rule, configuration or expectation that cannot be used.
+        ComparisonError: the two runs cannot be compared: other prompts, no rule to pair configurations.
+    """
+    chosen = parse_verdict(verdict)
+    traces = (open_trace(reference), open_trace(candidate))
+    sides = _sides(traces, config, reference_config)
+    per_tensor = parse_rules(rules or ()) + (chosen.parsed() if isinstance(chosen, Rules) else ())
+    _check_rules(per_tensor, sides)
+    given = read_expectation(expect) if expect is not None else None
+    expectations = tuple(given or _own_expectation(side) for side in sides)
+    met = tuple(check(one, side) if one is not None else None for one, side in zip(expectations, sides, strict=True))
+    if isinstance(waive, str):
+        raise InputError(f"waive={waive!r} is one text; give a sequence of names, such as waive=({waive!r},)")
+    return ComparisonPlan(
+        reference=sides[0],
+        candidate=sides[1],
+        matched=match(*sides),
+        verdict=chosen,
+        rules=per_tensor,
+        noise=_plan_noise(noise, traces[0], chosen, reference_config or config),
+        waive=tuple(waive),
+        expectations=(expectations[0], expectations[1]),
+        met=(met[0], met[1]),
+        compute_dtype=_compute_dtype(sides),
+        num_layers=_num_layers(sides),
+        verify=verify,
+        keep_rows=keep_rows,
+    )
+
+
+def _how(pair: Pair) -> str:
+    if pair.positions is None:
+        return "identical by digest" if pair.same_digest else "whole"
+    spans = f"positions {pair.positions[0]} to {pair.positions[-1]}"
+    same = ", identical by digest" if pair.same_digest else ""
+    return f"{len(pair.positions)} rows in {len(pair.segments)} pieces, {spans}{same}"
+
+
+def _sides(traces: tuple[Trace, Trace], config: str | None, reference_config: str | None) -> tuple[Side, Side]:
+    ours, theirs = choose_configs(*traces, config, reference_config)
+    keep = ours is None and theirs is None and len({name for name in traces[0].configs() if name}) > 1
+    return (
+        make_side("reference", traces[0], ours, keep_config=keep),
+        make_side("candidate", traces[1], theirs, keep_config=keep),
+    )
+
+
+def _plan_noise(
+    noise: Source | tuple[Source, Source] | None, reference: Trace, verdict: Verdict, config: str | None
+) -> Noise | None:
+    """Match the noise runs.
+
+    Raises:
+        InputError: a noise run beside a verdict that does not use it.
+        ComparisonError: the two runs are bit-identical, which shows no noise.
+    """
+    if noise is None:
+        return None
+    if not isinstance(verdict, Calibrated | Rules):
+        raise InputError(f"a noise run calibrates; the verdict {verdict} does not use it: leave one of the two out")
+    first, second = noise if isinstance(noise, tuple) else (reference, noise)
+    traces = (open_trace(first), open_trace(second))
+    names = [[name for name in trace.configs() if name] for trace in traces]
+    picked = [config if config in have else None for have in names]
+    sides = _sides(traces, picked[1], picked[0])
+    pairs = match(*sides).pairs
+    if pairs and all(pair.same_digest for pair in pairs):
+        raise noise_is_identical(sides[0].path, sides[1].path)
+    if not pairs:
+        raise ComparisonError(f"the noise runs {sides[0].path} and {sides[1].path} have no record in common")
+    return Noise(sides[0], sides[1], {pair.key: pair for pair in pairs})
+
+
+def noise_is_identical(reference: str, candidate: str) -> ComparisonError:
+    """The error for a repeat that shows no noise."""
+    return ComparisonError(
+        f"the noise runs {reference} and {candidate} are bit-identical, so they show no noise; repeat the run with "
+        "another batch composition, or with one-ulp noise on its input"
+    )
+
+
+def _check_rules(rules: tuple[Rule, ...], sides: tuple[Side, Side]) -> None:
+    tensors = {one for side in sides for one in (*side.units["site"], *side.units["name"]) if one}
+    for number, rule in enumerate(rules):
+        if any(first_match(rules[: number + 1], tensor) is rule for tensor in tensors):
+            continue
+        matched = [tensor for tensor in tensors if rule.matches(tensor)]
+        why = f"an earlier rule takes all {len(matched)} that it matches" if matched else "it matches no tensor"
+        some = ", ".join(sorted(tensors)[:5]) or "none"
+        raise InputError(f"rule {rule.pattern!r}: {why}; tensors are: {some}{', ...' if len(tensors) > 5 else ''}")
+
+
+def _own_expectation(side: Side) -> Expectation | None:
+    plan = side.manifest.get("plan")
+    return parse_expectation(plan, f"the plan of {side.path}") if isinstance(plan, dict) else None
+
+
+def _compute_dtype(sides: tuple[Side, Side]) -> torch.dtype | None:
+    """The coarser dtype that the manifests name for their models."""
+    found: torch.dtype | None = None
+    for side in sides:
+        for part in ("provenance", "plan"):
+            section = side.manifest.get(part)
+            name: Any = section.get("dtype") if isinstance(section, dict) else None
+            if isinstance(name, str):
+                try:
+                    dtype = resolve_dtype(name)
+                except InputError:
+                    continue
+                found = dtype if found is None else coarser(found, dtype)
+    return found
+
+
+def _num_layers(sides: tuple[Side, Side]) -> int | None:
+    layers = [int(one) for side in sides for one in side.units["layer_recorded"].drop_nulls()]
+    said = [
+        section["num_layers"]
+        for side in sides
+        for part in ("provenance", "plan")
+        if isinstance(section := side.manifest.get(part), dict) and isinstance(section.get("num_layers"), int)
+    ]
+    return max([*said, *(layer + 1 for layer in layers)], default=None)

@@ -1,0 +1,376 @@
+"""The rules that judge a measured pair: calibrated, fixed thresholds, rules per tensor, published scales."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+
+from trimtab.compare._measured import Floats, Measured, relative_rows
+from trimtab.compare.rounding import Expected
+from trimtab.compare.rules import Lookup, Rule, parse_rules
+from trimtab.errors import InputError
+from trimtab.results.comparison import Calibration, Metrics, Status
+
+
+class Probe(Protocol):
+    """Measurements that need another pass over the pair; made only when a verdict asks."""
+
+    def channels(self) -> tuple[Floats, Floats]:
+        """Per channel of the last dimension: slope - 1, and mean error over the channel's rms."""
+
+    def channel_rms(self, channel: int) -> float:
+        """The reference's rms in one channel."""
+
+    def max_ulp(self) -> int | None:
+        """Largest distance in representable steps of the coarser dtype; None when a side is not finite."""
+
+    def quantiles(self) -> tuple[float, ...]:
+        """|a - r| at 0.5, 0.9, 0.99 and 0.999."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Judgement:
+    """Status of one pair and why."""
+
+    status: Status
+    reasons: tuple[str, ...] = ()
+    calibration: Calibration | None = None
+    severity: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Calibrated:
+    """Differences as multiples of what rounding explains (`rounding.expected_error`, or a noise run).
+
+    With nu the row error |a - r| / max(|r|, 0.01 rms row norm) over the expected error e, n rows of d channels:
+    passed when median nu <= `median`, the worst row's nu <= `worst` sqrt(2 ln n), the worst element is within
+    `element` sqrt(2 ln (n d)) of max(|r|, rms of its row, rms of its channel) e, and nothing is systematic; failed
+    when one is exceeded `fail` times or the error is systematic; inconclusive between.
+
+    Systematic: |slope - 1| or |mean error| / rms(r) above `systematic` nu e / sqrt(min(n, d, 1024)), and shared by the
+    channels: their median deviates from 0 by more than `shared` of its standard errors. Errors of one row, and errors
+    of one rounded weight or massive channel over all rows, are common to many elements; they are no bias.
+    """
+
+    median: float = 4.0
+    worst: float = 4.0
+    element: float = 8.0
+    systematic: float = 5.0
+    shared: float = 6.0
+    fail: float = 2.0
+
+    def __str__(self) -> str:
+        return f"calibrated (median noise ratio {self.median:g}, worst row {self.worst:g} sqrt(2 ln n))"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fixed:
+    """Upper bounds, all of which must hold (`cosine_min` is a lower bound)."""
+
+    rel_l2: float | None = None
+    rel_diff: float | None = None
+    mae: float | None = None
+    rmse: float | None = None
+    max_abs: float | None = None
+    worst_row: float | None = None
+    ulp: float | None = None
+    cosine_min: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.bounds():
+            raise InputError(f"Fixed() without a bound accepts anything; give one of {', '.join(_names(Fixed))}")
+        wrong = [name for name, bound in self.bounds().items() if not bound >= 0 and name != "cosine_min"]
+        if wrong:
+            raise InputError(f"Fixed({wrong[0]}={getattr(self, wrong[0])!r}): a bound must be a number >= 0")
+
+    def bounds(self) -> dict[str, float]:
+        """The bounds that were given."""
+        given = {name: getattr(self, name) for name in _names(Fixed)}
+        return {name: bound for name, bound in given.items() if bound is not None}
+
+    def __str__(self) -> str:
+        return "fixed thresholds: " + ", ".join(f"{name} {bound:g}" for name, bound in self.bounds().items())
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """`regex: predicate` per tensor, first match wins; a tensor that no rule matches fails."""
+
+    rules: tuple[str | Rule, ...]
+
+    def __init__(self, rules: Sequence[str | Rule]) -> None:
+        object.__setattr__(self, "rules", parse_rules(rules))
+        if not self.rules:
+            raise InputError(
+                "Rules(()) judges nothing; give at least one 'regex: predicate', such as '.*: rel_l2 < 1e-2'"
+            )
+
+    def parsed(self) -> tuple[Rule, ...]:
+        """The rules as parsed."""
+        return parse_rules(self.rules)
+
+    def __str__(self) -> str:
+        return "rules: " + "; ".join(str(rule) for rule in self.rules)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A published scale, by name; its constants are those of the source and know nothing of dtypes."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {SCALES[self.name]}"
+
+
+SCALES = {
+    "sglang": "rel_diff <= 1e-3, the default of sglang's comparator (accepts 4.5 % relative L2 error)",
+    "rel_diff_bands": "rel_diff < 1e-7 identical, < 1e-5 equivalent, < 1e-3 minor; < 1e-1 significant, else severe "
+    "(the last two fail; rounding to bfloat16 alone gives 1.4e-6)",
+    "msprobe": "cosine > 0.99 and max_abs < 1e-3, the rule of thumb of msprobe's compare",
+}
+_BANDS = ((1e-7, "identical"), (1e-5, "equivalent"), (1e-3, "minor"), (1e-1, "significant"), (math.inf, "severe"))
+
+Verdict = Calibrated | Fixed | Rules | Scale
+
+
+def parse_verdict(verdict: str | Verdict) -> Verdict:
+    """Return the rule object for a name.
+
+    Raises:
+        InputError: no such name; the message lists them.
+    """
+    if not isinstance(verdict, str):
+        return verdict
+    if verdict == "calibrated":
+        return Calibrated()
+    if verdict in SCALES:
+        return Scale(verdict)
+    raise InputError(f"no verdict {verdict!r}; there are calibrated, {', '.join(SCALES)}, Fixed(...) and Rules(...)")
+
+
+def judge(
+    verdict: Verdict, measured: Measured, expected: Expected, probe: Probe, *, rule: Rule | None, layer: int | None
+) -> Judgement:
+    """Judge one pair.
+
+    Args:
+        verdict: the default rule.
+        measured: what the fused pass found.
+        expected: the error that rounding explains.
+        probe: further measurements, made when needed.
+        rule: the per-tensor rule that matched this tensor; it takes the place of the default.
+        layer: for predicates that use it.
+    """
+    metrics = measured.metrics
+    if measured.mismatch is not None:
+        return Judgement(status="failed", reasons=(measured.mismatch,))
+    if measured.exact:
+        return _judge_exact(metrics)
+    if rule is not None:
+        return _judge_rule(rule, lookup(measured, expected, probe, layer))
+    if isinstance(verdict, Calibrated):
+        return calibrate(verdict, measured, expected, probe)
+    if isinstance(verdict, Fixed):
+        return _judge_fixed(verdict, lookup(measured, expected, probe, layer))
+    if isinstance(verdict, Scale):
+        return _judge_scale(verdict, metrics)
+    return Judgement(status="failed", reasons=("no rule matches this tensor; add one, or end with '.*: ...'",))
+
+
+def calibrate(limits: Calibrated, measured: Measured, expected: Expected, probe: Probe) -> Judgement:
+    """The calibrated verdict; see `Calibrated`."""
+    metrics, e = measured.metrics, expected.error
+    relative = relative_rows(measured.row_error, measured.row_norm)
+    moved = relative[relative > 0]
+    if moved.size == 0:
+        return Judgement(status="passed", calibration=_calibration(limits, expected))
+    rows = int(relative.size)
+    ratio = _over(relative, e)
+    spread = math.sqrt(2 * math.log(rows)) if rows > 1 else 1.0
+    found = _calibration(
+        limits,
+        expected,
+        median=float(np.median(ratio)),
+        worst=float(ratio.max()),
+        worst_limit=limits.worst * max(spread, 1.0),
+        element=_element_ratio(limits, measured, e, probe),
+        element_limit=limits.element * math.sqrt(2 * math.log(max(metrics.numel, 2))),
+        slope_deviation=abs(metrics.slope - 1),
+        mean_deviation=_mean_deviation(measured),
+        systematic_limit=limits.systematic * float(np.median(moved)) / math.sqrt(min(rows, measured.width, 1024)),
+        probe=probe,
+    )
+    reasons = _reasons(found)
+    if found.systematic or found.excess > limits.fail:
+        return Judgement(status="failed", reasons=reasons, calibration=found)
+    return Judgement(status="inconclusive" if found.excess > 1 else "passed", reasons=reasons, calibration=found)
+
+
+def lookup(measured: Measured, expected: Expected, probe: Probe, layer: int | None) -> Lookup:
+    """Values of the variables of predicates (`rules.VARIABLES`) for one pair."""
+    metrics = measured.metrics
+
+    def value(name: str) -> float:
+        if name in ("noise_ratio", "worst_noise_ratio"):
+            ratio = _over(relative_rows(measured.row_error, measured.row_norm), expected.error)
+            return 0.0 if ratio.size == 0 else float(np.median(ratio) if name == "noise_ratio" else ratio.max())
+        if name == "ulp":
+            ulp = probe.max_ulp()
+            return math.nan if ulp is None else float(ulp)
+        if name in _QUANTILES:
+            return probe.quantiles()[_QUANTILES.index(name)]
+        if name == "layer":
+            return math.nan if layer is None else float(layer)
+        return float(getattr(metrics, _RENAMED.get(name, name)))
+
+    return value
+
+
+_QUANTILES = ("p50", "p90", "p99", "p999")
+_RENAMED = {"worst_row": "worst_row_error", "worst_channel": "worst_channel_rms"}
+
+
+def _judge_exact(metrics: Metrics) -> Judgement:
+    if not metrics.differing:
+        return Judgement(status="passed")
+    reason = (
+        f"{metrics.differing} of {metrics.numel} integers differ, most at {list(metrics.max_abs_index)}: "
+        f"{metrics.max_abs_reference} against {metrics.max_abs_candidate}"
+    )
+    return Judgement(status="failed", reasons=(reason,))
+
+
+def _judge_rule(rule: Rule, values: Lookup) -> Judgement:
+    holds = rule.predicate.holds(values)
+    said = rule.predicate.explain(values)
+    return Judgement(status="passed" if holds else "failed", reasons=() if holds else (f"rule {rule.pattern}: {said}",))
+
+
+def _judge_fixed(fixed: Fixed, values: Lookup) -> Judgement:
+    reasons = []
+    for name, bound in fixed.bounds().items():
+        value = values(name)
+        if not (value >= bound if name == "cosine_min" else value <= bound):
+            reasons.append(f"{name} {value:.6g} {'below' if name == 'cosine_min' else 'above'} {bound:g}")
+    return Judgement(status="failed" if reasons else "passed", reasons=tuple(reasons))
+
+
+def _judge_scale(scale: Scale, metrics: Metrics) -> Judgement:
+    if scale.name == "msprobe":
+        ok = metrics.max_abs == 0 or (metrics.cosine > 0.99 and metrics.max_abs < 1e-3)
+        said = f"cosine {metrics.cosine:.6g}, max_abs {metrics.max_abs:.6g}"
+        severity = "within" if ok else "outside"
+    elif scale.name == "sglang":
+        ok = metrics.rel_diff <= 1e-3
+        said, severity = f"rel_diff {metrics.rel_diff:.6g}", "within" if ok else "outside"
+    else:
+        severity = next(band for bound, band in _BANDS if metrics.rel_diff < bound or bound == math.inf)
+        ok = severity not in ("significant", "severe")
+        said = f"rel_diff {metrics.rel_diff:.6g} is {severity}"
+    return Judgement(status="passed" if ok else "failed", reasons=() if ok else (said,), severity=severity)
+
+
+def _over(relative: Floats, e: float) -> Floats:
+    if e > 0:
+        return relative / e
+    return np.where(relative > 0, np.inf, 0.0)
+
+
+def _element_ratio(limits: Calibrated, measured: Measured, e: float, probe: Probe) -> float:
+    """Worst element over e times its scale; the channel's rms is read only when the row's does not excuse it."""
+    metrics = measured.metrics
+    row, channel = divmod(measured.worst_flat, measured.width)
+    rms_row = float(measured.row_norm[row]) / math.sqrt(measured.width)
+    rms_all = math.sqrt(float(np.mean(measured.row_norm**2)) / measured.width)
+    scale = max(abs(float(metrics.max_abs_reference)), rms_row, 0.01 * rms_all)
+    limit = limits.element * math.sqrt(2 * math.log(max(metrics.numel, 2)))
+    if e == 0:
+        return math.inf if metrics.max_abs > 0 else 0.0
+    if scale == 0 or metrics.max_abs / (e * scale) > limit:
+        scale = max(scale, probe.channel_rms(channel))
+    return math.inf if scale == 0 else metrics.max_abs / (e * scale)
+
+
+def _mean_deviation(measured: Measured) -> float:
+    metrics = measured.metrics
+    rms = math.sqrt(float(np.sum(measured.row_norm**2)) / max(metrics.numel, 1))
+    difference = abs(metrics.mean_candidate - metrics.mean_reference)
+    return difference / rms if rms > 0 else (math.inf if difference > 0 else 0.0)
+
+
+def _shared(deviations: Floats) -> float:
+    """Median of per-channel deviations over its standard error (from the median absolute deviation)."""
+    finite = deviations[np.isfinite(deviations)]
+    if finite.size < 8:
+        return 0.0
+    middle = float(np.median(finite))
+    error = 1.2533 * 1.4826 * float(np.median(np.abs(finite - middle))) / math.sqrt(finite.size)
+    return abs(middle) / error if error > 0 else (math.inf if middle != 0 else 0.0)
+
+
+def _calibration(
+    limits: Calibrated,
+    expected: Expected,
+    *,
+    median: float = 0.0,
+    worst: float = 0.0,
+    worst_limit: float | None = None,
+    element: float = 0.0,
+    element_limit: float | None = None,
+    slope_deviation: float = 0.0,
+    mean_deviation: float = 0.0,
+    systematic_limit: float = 0.0,
+    probe: Probe | None = None,
+) -> Calibration:
+    worst_limit = limits.worst if worst_limit is None else worst_limit
+    element_limit = limits.element if element_limit is None else element_limit
+    systematic = False
+    if probe is not None and max(slope_deviation, mean_deviation) > systematic_limit:
+        slopes, means = probe.channels()
+        systematic = (slope_deviation > systematic_limit and _shared(slopes) > limits.shared) or (
+            mean_deviation > systematic_limit and _shared(means) > limits.shared
+        )
+    return Calibration(
+        expected=expected.error,
+        source=expected.source,
+        dtype=expected.dtype,
+        blocks=expected.blocks,
+        median=median,
+        median_limit=limits.median,
+        worst=worst,
+        worst_limit=worst_limit,
+        slope_deviation=slope_deviation,
+        slope_limit=systematic_limit,
+        mean_deviation=mean_deviation,
+        mean_limit=systematic_limit,
+        element=element,
+        element_limit=element_limit,
+        systematic=systematic,
+        excess=max(median / limits.median, worst / worst_limit, element / element_limit),
+    )
+
+
+def _reasons(found: Calibration) -> tuple[str, ...]:
+    reasons = []
+    for name, value, limit in (
+        ("median row error", found.median, found.median_limit),
+        ("worst row error", found.worst, found.worst_limit),
+        ("worst element", found.element, found.element_limit),
+    ):
+        if value > limit:
+            reasons.append(f"{name} {value:.3g} times the expected {found.dtype} rounding (limit {limit:.3g})")
+    if found.systematic:
+        reasons.append(
+            f"systematic: slope - 1 = {found.slope_deviation:.3g}, mean shift {found.mean_deviation:.3g} rms "
+            f"(limit {found.slope_limit:.3g}), shared by the channels"
+        )
+    return tuple(reasons)
+
+
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(one.name for one in fields(cls))
