@@ -2,34 +2,75 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
-from trimtab.results import SweepRun
+from trimtab._base import jsonio
+from trimtab.errors import InputError
+from trimtab.results import GenerationRun, SweepRun
+from trimtab.trace import Trace
 from trimtab.workflows import _sweep_files
+from trimtab.workflows.run import STEERING_FILE, capture, generate
 from trimtab.workflows.sweep import resume_sweep
 
+_FUNCTIONS: dict[str, Callable[..., Any]] = {"capture": capture, "generate": generate}
 
-def rerun(manifest: str | Path, *, out: str | Path | None = None) -> SweepRun:
-    """Repeat a sweep, or finish one.
+
+def rerun(manifest: str | Path, *, out: str | Path | None = None) -> SweepRun | Trace | GenerationRun:
+    """Repeat a sweep, a capture or a generation; or finish an interrupted sweep.
 
     Args:
-        manifest: sweep.json, or the directory that holds it.
-        out: directory of the new run; None takes the old one's name with "-rerun" at its end. The old directory itself
-            finishes an interrupted sweep there.
+        manifest: sweep.json, manifest.json of a trace, or the directory that holds it.
+        out: directory of the new run; None takes the old one's name with "-rerun" at its end. The directory of an
+            interrupted sweep itself finishes that sweep.
 
     Returns:
-        The state of the new run.
+        What the repeated call returns.
 
     Raises:
-        InputError: no manifest there.
+        InputError: no manifest there, or one of a run that a file cannot repeat (a model in memory, a dump).
         RecipeError: `out` holds another run.
     """
     place = Path(manifest)
     source = place.parent if place.is_file() else place
-    files = _sweep_files.load(source)
     target = Path(out) if out is not None else source.with_name(f"{source.name}-rerun")
+    if (source / "sweep.json").is_file():
+        return _repeat_sweep(source, target)
+    if not (source / "manifest.json").is_file():
+        raise InputError(f"{source} holds no run: it has neither sweep.json nor manifest.json")
+    call = _read_call(source)
+    return _FUNCTIONS[call.pop("function")](**call, out=target)  # type: ignore[no-any-return]
+
+
+def _repeat_sweep(source: Path, target: Path) -> SweepRun:
+    files = _sweep_files.load(source)
     if target.resolve() != source.resolve():
-        again = _sweep_files.create(target, files.plan, {**files.provenance, "rerun_of": str(source)}, resume=True)
+        record = {**files.provenance, "rerun_of": str(source)}
+        again = _sweep_files.create(target, files.plan, record, resume=True)
         if files.steering_path.exists() and not again.steering_path.exists():
             again.steering_path.write_bytes(files.steering_path.read_bytes())
     return resume_sweep(target)
+
+
+def _read_call(source: Path) -> dict[str, Any]:
+    record = jsonio.loads((source / "manifest.json").read_text())
+    call = _find(record, "call")
+    if not isinstance(call, Mapping) or call.get("function") not in _FUNCTIONS:
+        raise InputError(f"{source} cannot be repeated from its manifest: it does not say which call made it")
+    known = set(inspect.signature(_FUNCTIONS[call["function"]]).parameters)
+    unknown = sorted(set(call) - known - {"function"})
+    if unknown:
+        raise InputError(
+            f"{source}/manifest.json: unknown argument {unknown[0]!r} of {call['function']}; update trimtab"
+        )
+    made = {key: value for key, value in call.items() if key != "out"}
+    if made.get("steering") is not None:
+        made["steering"] = source / STEERING_FILE
+    return made
+
+
+def _find(record: Mapping[str, Any], key: str) -> Any:
+    """Return a key of the manifest's provenance."""
+    return record.get("provenance", {}).get(key)

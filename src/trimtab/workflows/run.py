@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from trimtab.trace import Trace, TraceWriter
 from trimtab.workflows._steer import SteeringInput, build_steering, describe
 
 PromptInput = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message]
-MODEL_OPTIONS = ("dtype", "backend", "device", "batch_size", "allow_fallback", "engine", "tokenizer")
+MODEL_OPTIONS = ("dtype", "device", "batch_size", "allow_fallback", "engine", "tokenizer")
+STEERING_FILE = "steering.safetensors"
 
 
 def generate(
@@ -75,9 +77,9 @@ def generate(
     Example:
         >>> tt.generate("testbed", ["The old keeper"], steering=tt.Steer(vector="random:0", layer=2, cap=5.0))
     """
+    call = _call("generate", locals())
     requests = [_request(index, prompt) for index, prompt in enumerate(_listed(prompts))]
-    options = {name: value for name, value in locals().items() if name in MODEL_OPTIONS}
-    with closing(_open(model, options)) as runner:
+    with closing(_open(model, call)) as runner:
         spec = build_steering(steering, runner.info)
         requests = [
             _complete(
@@ -85,7 +87,7 @@ def generate(
             )
             for one in requests
         ]
-        made = _run(runner, requests, out, capture=None, allow_unfired=allow_unfired, steering=spec)
+        made = _run(runner, requests, out, call, capture=None, allow_unfired=allow_unfired, steering=spec)
         texts = tuple(_text(runner, one) for one in made)
         return GenerationRun(
             model=runner.model_id,
@@ -162,15 +164,15 @@ def capture(
     Example:
         >>> ref = tt.capture("testbed", ["The old keeper"], sites="layers.*.resid_post", out="runs/ref")
     """
+    call = _call("capture", locals())
     requests = [_request(index, prompt) for index, prompt in enumerate(_listed(prompts))]
-    options = {name: value for name, value in locals().items() if name in MODEL_OPTIONS}
     edits: dict[str, tuple[Literal["before", "after"], ...]] = {"both": ("before", "after"), "before": ("before",)}
     wanted = Capture(
         sites=tuple(split_patterns(sites)) if isinstance(sites, str) else tuple(sites),
         positions=positions,
         edit=edits.get(edit, ("after",)),
     )
-    with closing(_open(model, options)) as runner:
+    with closing(_open(model, call)) as runner:
         spec = build_steering(steering, runner.info)
         forced = None if along is None else _forced(along, requests, runner)
         requests = [
@@ -186,7 +188,16 @@ def capture(
             )
             for one in requests
         ]
-        _run(runner, requests, out, capture=wanted, allow_unfired=allow_unfired, steering=spec, max_bytes=max_bytes)
+        _run(
+            runner,
+            requests,
+            out,
+            call,
+            capture=wanted,
+            allow_unfired=allow_unfired,
+            steering=spec,
+            max_bytes=max_bytes,
+        )
     return Trace.open(out)
 
 
@@ -245,15 +256,42 @@ def _complete(
     )
 
 
-def _open(model: Any, options: Mapping[str, Any]) -> Backend:
-    left = {key: value for key, value in options.items() if key != "backend" and value is not None}
-    return open_backend(options["backend"], model, **left)
+def _call(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `rerun` needs to make this call again: the function's name and its arguments."""
+    return {"function": function, **{key: value for key, value in given.items() if key not in ("out", "function")}}
+
+
+def _recordable(call: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return a call as plain JSON, or None when it cannot be made again from a file (a module in memory)."""
+    if not isinstance(call["model"], (str, Path)) or call["tokenizer"] is not None:
+        return None
+    plain: dict[str, Any] = {
+        key: str(value) if isinstance(value, (Path, Positions)) else value for key, value in call.items()
+    }
+    if isinstance(call.get("along"), Trace):
+        plain["along"] = str(call["along"].path)
+    plain["steering"] = None if plain["steering"] is None else STEERING_FILE
+    prompts = [plain["prompts"]] if isinstance(plain["prompts"], str) else plain["prompts"]
+    plain["prompts"] = [_plain_prompt(prompt) for prompt in prompts]
+    return plain
+
+
+def _plain_prompt(prompt: PromptInput) -> Any:
+    if isinstance(prompt, str):
+        return prompt
+    return [asdict(item) if isinstance(item, Message) else item for item in prompt]
+
+
+def _open(model: Any, call: Mapping[str, Any]) -> Backend:
+    options = {key: call[key] for key in MODEL_OPTIONS if call[key] is not None}
+    return open_backend(call["backend"], model, **options)
 
 
 def _run(
     runner: Backend,
     requests: Sequence[Request],
     out: str | Path | None,
+    call: Mapping[str, Any],
     *,
     capture: Capture | None,
     allow_unfired: bool,
@@ -280,7 +318,7 @@ def _run(
                 requests, capture=capture, writer=writer, allow_unfired=allow_unfired, progress=finished
             )
         if steering is not None and steering.serialisable:
-            steering.save(Path(out) / "steering.safetensors")
+            steering.save(Path(out) / STEERING_FILE)
         return made
 
 
