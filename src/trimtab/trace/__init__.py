@@ -1,6 +1,7 @@
 """Traces: tensors recorded on disk with their identity, statistics and digest.
 
-`TraceWriter` writes a run, `Trace` reads it; `repair`, `verify` and `prune` work on what lies on disk.
+`TraceWriter` writes a run, `Trace` reads it; `ls`, `show`, `estimate`,
+`verify`, `repair` and `prune` are the verbs of `trimtab trace`.
 The format is described in `docs/trace-format.md`.
 """
 
@@ -9,6 +10,15 @@ from __future__ import annotations
 from trimtab.trace._fields import RecordFields
 from trimtab.trace._format import FORMAT_VERSION, Level
 from trimtab.trace._rows import Rows
+from trimtab.trace.inspect import (
+    Estimate,
+    Listing,
+    RecordDetail,
+    RecordGroup,
+    estimate,
+    ls,
+    show,
+)
 from trimtab.trace.reader import RequestKey, Trace
 from trimtab.trace.repair import CorruptRecord, PruneResult, RepairResult, VerifyResult, prune, repair, verify
 from trimtab.trace.writer import DoseRow, NullWriter, TokenRow, TraceWriter, Writer
@@ -17,10 +27,14 @@ __all__ = [
     "FORMAT_VERSION",
     "CorruptRecord",
     "DoseRow",
+    "Estimate",
     "Level",
+    "Listing",
     "NullWriter",
     "PruneResult",
+    "RecordDetail",
     "RecordFields",
+    "RecordGroup",
     "RepairResult",
     "RequestKey",
     "Rows",
@@ -29,7 +43,10 @@ __all__ = [
     "TraceWriter",
     "VerifyResult",
     "Writer",
+    "estimate",
+    "ls",
     "prune",
     "repair",
+    "show",
     "verify",
 ]

@@ -23,13 +23,12 @@ from trimtab.trace._format import (
     part_name,
 )
 from trimtab.trace._shard import HEADER_LIMIT, encode_shard
-from trimtab.trace._statistics import measure
+from trimtab.trace._statistics import UNMEASURED, measure
 from trimtab.trace._store import Store
 from trimtab.trace._tensors import Buffers, buffer, digest
 
 _NAMES = tuple(IDENTITY)
 _DTYPE, _SHAPE, _RECORD_ID = (_NAMES.index(name) for name in ("dtype", "shape", "record_id"))
-_UNMEASURED = (None, None, None, None, None)
 
 
 class Part:
@@ -76,7 +75,7 @@ class Part:
         content = self._open
         size = 0
         if tensor is None:
-            content.measured.append((known, *_UNMEASURED))
+            content.measured.append((known, *UNMEASURED))
         else:
             size = tensor.nbytes
             name = digest(buffer(tensor), row[_DTYPE], row[_SHAPE])

@@ -1,4 +1,4 @@
-"""Statistics of one record."""
+"""Statistics of one record, as columns."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ from typing import Any
 
 import torch
 
+from trimtab.errors import InputError
+from trimtab.numerics.moments import tensor_statistics
+
+UNMEASURED = (None, None, None, None, None)
+
 
 def measure(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Return mean, std, absmax, nan_count, inf_count; all None for an empty tensor."""
-    if not tensor.numel():
-        return (None, None, None, None, None)
-    values = tensor.abs().double() if tensor.is_complex() else tensor.double()
-    finite = torch.isfinite(values)
-    nans = int(torch.isnan(values).sum())
-    kept = values[finite]
-    if not kept.numel():
-        return (None, None, None, nans, tensor.numel() - nans)
-    std, mean = torch.std_mean(kept, correction=0)
-    return (float(mean), float(std), float(kept.abs().max()), nans, int((~finite).sum()) - nans)
+    """Return mean, std, absmax, nan_count, inf_count; None for what a tensor without numbers does not have."""
+    try:
+        found = tensor_statistics(tensor)
+    except InputError:  # bits and sub-byte dtypes hold no numbers that torch can read
+        return UNMEASURED
+    if found.mean != found.mean:
+        return (None, None, None, found.nan_count, found.inf_count)
+    return (found.mean, found.std, found.absmax, found.nan_count, found.inf_count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import polars as pl
 
 from trimtab._base import jsonio
 from trimtab.errors import InputError, TraceCorruptError
+from trimtab.sites import Site, SitePattern
 from trimtab.trace._format import CLOSED, IDENTITY, LOCK, MEASURED, part_name, part_number, rank_folder, read_manifest
 from trimtab.trace._parts import encode_records, records_frame
 from trimtab.trace._scan import Problem, scan_run, source
@@ -24,6 +25,7 @@ from trimtab.trace.reader import Trace, predicates
 class RepairResult:
     """What `repair` did; names are relative to the run."""
 
+    format_version: int = 1
     path: str
     rebuilt: tuple[str, ...]
     """Parts of the index that were written again from their shards."""
@@ -49,24 +51,22 @@ class CorruptRecord:
 class VerifyResult:
     """What `verify` read: every record is either checked, corrupt, or without values."""
 
+    format_version: int = 1
     path: str
     records: int
     checked: int
     without_values: int
     corrupt: tuple[CorruptRecord, ...]
     problems: tuple[str, ...]
-    damaged: bool
-
-    @property
-    def passed(self) -> bool:
-        """Whether every stored byte is as committed and nothing committed is missing."""
-        return not self.corrupt and not self.damaged
+    passed: bool
+    """Whether every stored byte is as committed and nothing committed is missing; a run that ended early can pass."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PruneResult:
     """What `prune` removed, or would remove."""
 
+    format_version: int = 1
     path: str
     records: int
     """Records whose values were removed; their rows, digests and statistics stay."""
@@ -157,27 +157,40 @@ def verify(path: str | os.PathLike[str]) -> VerifyResult:
         without_values=without,
         corrupt=tuple(corrupt),
         problems=trace.problems,
-        damaged=trace.damaged,
+        passed=not corrupt and not trace.damaged,
     )
 
 
-def prune(path: str | os.PathLike[str], *, dry_run: bool = False, **columns: Any) -> PruneResult:
-    """Remove the stored values of the records that match; their rows, digests and statistics stay.
+def prune(
+    path: str | os.PathLike[str],
+    *,
+    sites: str | Iterable[str] | None = None,
+    drop: Mapping[str, Any] | None = None,
+    dry_run: bool = False,
+) -> PruneResult:
+    """Remove stored values that are not needed; the rows of their records, digests and statistics stay.
 
     Args:
         path: the run.
+        sites: patterns of the sites to keep, such as "layers.*.resid_post"; the values of records at other sites go,
+            those of records without a site stay.
+        drop: column=value as in `Trace.filter`; the values of the records that match go. With `sites`, only of those
+            at other sites.
         dry_run: only count.
-        columns: what `Trace.filter` takes; at least one.
 
     Raises:
-        InputError: no column was given, or one that does not exist.
+        InputError: neither `sites` nor `drop`, or one that names nothing.
         TraceLockedError: a writer still runs.
     """
-    if not columns:
-        raise InputError("prune needs to know which records: give columns such as site=..., step=..., phase=...")
+    if sites is None and not drop:
+        raise InputError(
+            "prune needs to know what goes: sites= names what stays, drop= what goes"
+        )
+    conditions = predicates(drop or {})
+    if sites is not None:
+        conditions.append(_elsewhere(path, sites))
     store = open_store(path)
     read_manifest(store)
-    conditions = predicates(columns)
     scan = scan_run(store)
     records = freed = 0
     for rank in scan.ranks:
@@ -190,6 +203,17 @@ def prune(path: str | os.PathLike[str], *, dry_run: bool = False, **columns: Any
         finally:
             lock.release()
     return PruneResult(path=store.root, records=records, bytes_freed=freed, dry_run=dry_run)
+
+
+def _elsewhere(path: str | os.PathLike[str], sites: str | Iterable[str]) -> pl.Expr:
+    """Return the condition for records at sites that no pattern matches."""
+    listed = sites.replace(",", " ").split() if isinstance(sites, str) and "{" not in sites else sites
+    patterns = [SitePattern.parse(one) for one in ([listed] if isinstance(listed, str) else listed)]
+    there = Trace.open(path).sites()
+    kept = [name for name in there if any(pattern.matches(Site.parse(name)) for pattern in patterns)]
+    if not kept:
+        raise InputError(f"sites={sites!r} matches none of {', '.join(there[:8]) or 'no sites'}; everything would go")
+    return pl.col("site").is_not_null() & ~pl.col("site").is_in(kept)
 
 
 def _prune_part(store: Store, name: str, shard: str, conditions: Iterable[pl.Expr], dry_run: bool) -> tuple[int, int]:
