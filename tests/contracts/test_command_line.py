@@ -115,7 +115,6 @@ def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any,
     trace = importlib.import_module("trimtab.trace")
     for name in ("ls", "show", "verify", "repair", "prune"):
         monkeypatch.setattr(trace, name, stand_in(f"trace.{name}"))
-    monkeypatch.setattr("trimtab.cli.capture._listing", lambda trace: trace)
     return calls
 
 

@@ -28,6 +28,12 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         _ = trimtab.nonsense
 
 
+def test_a_function_keeps_its_name_when_the_package_of_that_name_is_imported() -> None:
+    code = "import trimtab.compare, trimtab.report, trimtab as tt; print(tt.compare.__name__, tt.report.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["compare", "report"]
+
+
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_exports_what_it_says(package: str) -> None:
     module = importlib.import_module(f"trimtab.{package}")

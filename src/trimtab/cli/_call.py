@@ -104,6 +104,13 @@ def run(
     return exit_code(result)
 
 
+def listing(returned: Any) -> Any:
+    """Return the listing of a trace, and any other result as it is."""
+    from trimtab.trace import Trace, ls
+
+    return ls(returned.path) if isinstance(returned, Trace) else returned
+
+
 def _text(result: Any, output: Output, show: Callable[[Any], str] | None) -> str:
     if output.json:
         from trimtab.results import to_json

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from trimtab.cli._call import Call, Output, run
+from trimtab.cli._call import Call, Output, listing, run
 from trimtab.cli._options import Decoding, Engine, Model, given, read_prompts
 from trimtab.workflows.config import Steer
 
@@ -59,11 +59,4 @@ def capture(
         kwargs["logprobs"] = logprobs
     kwargs |= decoding.kwargs() | model.kwargs() | engine.kwargs()
     call = Call(function="trimtab.capture", args=(model.model, read_prompts(prompts, prompt_file)), kwargs=kwargs)
-    return run(call, output, summarise=_listing)
-
-
-def _listing(trace: object) -> object:
-    from trimtab.trace import Trace, ls
-
-    assert isinstance(trace, Trace)
-    return ls(trace.path)
+    return run(call, output, summarise=listing)
