@@ -2,6 +2,7 @@
 (() => {
   "use strict";
   const root = document.documentElement;
+  root.dataset.script = "true";
   const stored = () => {
     try { return localStorage.getItem("trimtab-theme"); } catch { return null; }
   };
