@@ -109,19 +109,23 @@ def module_handle(model: nn.Module, site: Site | str) -> ModuleHandle:
 class _Attachment:
     """The visitors of one site, in order, and how often they ran."""
 
-    __slots__ = ("active", "in_forward", "point", "total", "visits")
+    __slots__ = ("active", "calls", "compiled_calls", "in_forward", "point", "visits")
 
-    def __init__(self, point: HookPoint, visits: Sequence[Visitor]) -> None:
+    def __init__(self, point: HookPoint, visits: Sequence[Visitor], device: torch.device) -> None:
         self.point = point
         self.visits = tuple(visits)
-        self.total = 0
+        self.calls = 0
+        self.compiled_calls = torch.zeros((), dtype=torch.int64, device=device)
         self.in_forward = 0
         self.active = True
 
     def run(self, x: Tensor) -> Tensor | None:
         """Pass `x` through the visitors; None when none of them wrote."""
-        self.total += 1
-        self.in_forward += 1
+        if torch.compiler.is_compiling():
+            self.compiled_calls.add_(1)  # compiled code would be recompiled whenever a Python number changes
+        else:
+            self.calls += 1
+            self.in_forward += 1
         written: Tensor | None = None
         for visit in self.visits:
             result = visit(x)
@@ -168,12 +172,13 @@ class HookSet:
     @property
     def calls(self) -> Mapping[Site, int]:
         """How often each site's tensor passed, since the hooks were set."""
-        return {site: attachment.total for site, attachment in self._attachments.items()}
+        return {site: one.calls + int(one.compiled_calls) for site, one in self._attachments.items()}
 
     def call_index(self, site: Site) -> int:
         """Return which call of the current forward pass this is: 0 unless the module runs several times in one.
 
-        Meant to be read inside a visitor. A forward pass begins when the model given to `attach` is called.
+        Meant to be read inside a visitor. A forward pass begins when the model given to `attach` is called. Code
+        compiled by torch.compile does not keep this index; it reads 0 there.
         """
         return max(self._attachments[site].in_forward - 1, 0)
 
@@ -216,11 +221,12 @@ def attach(model: nn.Module, visitors: Iterable[tuple[HookPoint, Visitor]], *, a
         grouped.setdefault(point.site, (point, []))[1].append(visit)
     hooks = HookSet()
     try:
-        hooks._removers.append(_set_boundary(model, hooks, allow_autocast))
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        hooks._removers.append(_set_boundary(model, hooks, device.type, allow_autocast))
         for site in sorted(grouped, key=lambda site: site.sort_key):
             point, visits = grouped[site]
             module = _find_module(model, point)
-            hooks._attachments[site] = attachment = _Attachment(point, visits)
+            hooks._attachments[site] = attachment = _Attachment(point, visits, device)
             hooks._removers.append(_SETTERS[point.side](module, attachment))
     except BaseException:
         hooks.remove()
@@ -228,18 +234,16 @@ def attach(model: nn.Module, visitors: Iterable[tuple[HookPoint, Visitor]], *, a
     return hooks
 
 
-def _set_boundary(model: nn.Module, hooks: HookSet, allow_autocast: bool) -> Callable[[], None]:
-    parameter = next(model.parameters(), None)
-    device = "cpu" if parameter is None else parameter.device.type
-
+def _set_boundary(model: nn.Module, hooks: HookSet, device: str, allow_autocast: bool) -> Callable[[], None]:
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not allow_autocast and torch.is_autocast_enabled(device):
             raise BackendError(
                 f"autocast is active on {device}: it would round products inside ops and captures; leave the autocast "
                 "block, or load the model in the dtype that is meant"
             )
-        for attachment in hooks._attachments.values():
-            attachment.in_forward = 0
+        if not torch.compiler.is_compiling():
+            for attachment in hooks._attachments.values():
+                attachment.in_forward = 0
 
     return model.register_forward_pre_hook(begin).remove
 

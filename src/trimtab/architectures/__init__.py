@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from torch import nn
 
+from trimtab.architectures._check import check_model
 from trimtab.architectures._family import BlockPaths, Disk, Family, Numerics, Rope, Sizes, Vllm
 from trimtab.architectures._handle import Columns, Handle
 from trimtab.architectures._map import ModelMap
+from trimtab.architectures._probe import probe
 from trimtab.architectures._registry import FAMILIES, by_table, text_config
 
 __all__ = [
@@ -24,7 +26,9 @@ __all__ = [
     "Rope",
     "Sizes",
     "Vllm",
+    "check_model",
     "describe",
+    "probe",
 ]
 
 
@@ -42,5 +46,4 @@ def describe(model: nn.Module, *, allow_fallback: bool = False) -> ModelMap:
         BackendError: not a transformers model, or no chain of decoder blocks was found.
     """
     family = FAMILIES.get(text_config(model).model_type)
-    assert family is not None
-    return by_table(model, family)
+    return probe(model, allow_fallback=allow_fallback) if family is None else by_table(model, family)

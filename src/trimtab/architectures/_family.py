@@ -29,7 +29,7 @@ class Sizes:
     @classmethod
     def of(cls, config: Config) -> Sizes:
         """Read the sizes of a text configuration."""
-        heads = config.num_attention_heads
+        heads = getattr(config, "num_attention_heads", None) or 1
         return cls(
             hidden=config.hidden_size,
             heads=heads,

@@ -119,7 +119,7 @@ _BUILDERS: Mapping[str, Callable[[int], nn.Module]] = {
     ),
     "qwen3_vl_moe": _wrapped(
         "Qwen3VLMoeConfig", "Qwen3VLMoeForConditionalGeneration",
-        {**_MOE, "head_dim": 16, "rope_parameters": _MROPE},
+        {**_MOE, "head_dim": 16, "mlp_only_layers": [0], "rope_parameters": _MROPE},
         {**_VISION, "intermediate_size": 32, "out_hidden_size": 64, "num_position_embeddings": 16,
          "deepstack_visual_indexes": [0]},
     ),
