@@ -126,7 +126,7 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """Keeps `trimtab.compare` and `trimtab.report` the functions: importing the packages of those names binds nothing."""
+    """Keeps `trimtab.compare` and `trimtab.report` functions: importing the packages of those names binds nothing."""
 
     def __setattr__(self, name: str, value: object) -> None:
         if not (name in _WHERE and isinstance(value, ModuleType)):
