@@ -1,7 +1,7 @@
 """Rows of sites, gathered per request and handed to the writer in bounded pieces.
 
-Prompt rows go out as soon as their site has run. Decode rows collect in one buffer per site, which is written when it is
-full, so memory does not grow with the number of generated tokens.
+Prompt rows go out as soon as their site has run. Decode rows collect in one buffer per site, which is written when it
+is full, so memory does not grow with the number of generated tokens.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from trimtab.errors import BackendError
 from trimtab.sites import Site
 
 if TYPE_CHECKING:
-    from trimtab.backends.base import Writer
+    from trimtab.trace import Writer
 
 _MAX_STEPS = 256  # decode steps that a buffer holds at most, whatever its width
 
@@ -32,7 +32,7 @@ class RowOwner(NamedTuple):
 class Taken(NamedTuple):
     """Which rows of one forward pass are wanted, per request of the batch."""
 
-    index: list[list[int]]
+    places: list[list[int]]
     """Places along the sequence axis, ascending; empty for a request that has none in this pass."""
     positions: list[list[int]]
     """Their absolute positions."""
@@ -101,16 +101,16 @@ class RowSink:
             self.flush(slot)
             for member in slot.members:
                 self._write_prompt(slot, x, member, taken)
-        elif any(taken.index[member] for member in slot.members):
+        elif any(taken.places[member] for member in slot.members):
             self._buffer(slot, x, taken)
 
     def _write_prompt(self, slot: Slot, x: Tensor, member: int, taken: Taken) -> None:
-        index = taken.index[member]
-        if not index:
+        places = taken.places[member]
+        if not places:
             return
-        first, last = index[0], index[-1]
-        whole = last - first + 1 == len(index)
-        rows = x[member, first : last + 1] if whole else x[member, torch.tensor(index, device=x.device)]
+        first, last = places[0], places[-1]
+        whole = last - first + 1 == len(places)
+        rows = x[member, first : last + 1] if whole else x[member, torch.tensor(places, device=x.device)]
         self._write(slot, rows, member, taken.positions[member])
 
     def _buffer(self, slot: Slot, x: Tensor, taken: Taken) -> None:
@@ -132,7 +132,7 @@ class RowSink:
         passes, slot.passes = slot.passes, []
         held = slot.buffer[:, : len(passes)].to("cpu")
         for place, member in enumerate(slot.members):
-            columns = [column for column, taken in enumerate(passes) if taken.index[member]]
+            columns = [column for column, taken in enumerate(passes) if taken.places[member]]
             if not columns:
                 continue
             rows = held[place, columns[0] : columns[-1] + 1]

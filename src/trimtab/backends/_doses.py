@@ -15,8 +15,8 @@ from trimtab.sites import Site
 from trimtab.trace import DoseRow
 
 if TYPE_CHECKING:
-    from trimtab.backends.base import Writer
     from trimtab.steering import OpDose, Program, Rows, SiteProgram
+    from trimtab.trace import Writer
 
 _PENDING = 64  # doses of one op that wait on the device before they are summed and written
 

@@ -10,25 +10,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from trimtab.backends._item import check_ids
 from trimtab.backends.base import EncodedPrompt, Message, Prompt, RoleSpan
 from trimtab.errors import InputError, PrerequisiteError
 
 
-def encode(tokenizer: Any, prompt: Prompt, *, template_options: dict[str, Any] | None = None) -> EncodedPrompt:
+def encode(
+    tokenizer: Any, prompt: Prompt, vocabulary: int, *, template_options: dict[str, Any] | None = None
+) -> EncodedPrompt:
     """Turn a prompt into token ids.
 
     Args:
         tokenizer: a Hugging Face tokenizer; None for prompts that are token ids.
         prompt: text (special tokens are added as the tokenizer does, never twice), token ids (taken as they are), or
             messages (rendered by the chat template; an assistant message at the end is continued).
+        vocabulary: how many token ids the model has.
         template_options: more variables of the chat template, such as `enable_thinking`.
 
     Raises:
-        InputError: an empty prompt, no chat template, or messages that the template refuses.
+        InputError: an empty prompt, ids outside the vocabulary, no chat template, or messages that it refuses.
         PrerequisiteError: text was given and there is no tokenizer.
     """
     if isinstance(prompt, tuple) and prompt and not isinstance(prompt[0], Message):
-        return _from_ids(tokenizer, prompt)
+        return _from_ids(tokenizer, prompt, vocabulary)
     if tokenizer is None:
         raise PrerequisiteError("the prompt is text and the model has no tokenizer; give token ids, or pass tokenizer=")
     if isinstance(prompt, str):
@@ -37,13 +41,15 @@ def encode(tokenizer: Any, prompt: Prompt, *, template_options: dict[str, Any] |
         encoded = _from_messages(tokenizer, prompt, template_options or {})
     if not encoded.ids:
         raise InputError(f"the prompt {encoded.text!r} has no tokens; at least one token was expected")
+    check_ids(encoded.ids, vocabulary, "the prompt")
     return encoded
 
 
-def _from_ids(tokenizer: Any, prompt: Sequence[Any]) -> EncodedPrompt:
+def _from_ids(tokenizer: Any, prompt: Sequence[Any], vocabulary: int) -> EncodedPrompt:
     wrong = [one for one in prompt if isinstance(one, bool) or not isinstance(one, int) or one < 0]
     if wrong:
         raise InputError(f"the prompt holds {wrong[0]!r}; token ids of at least 0, or Messages alone, were expected")
+    check_ids(prompt, vocabulary, "the prompt")
     text = "" if tokenizer is None else tokenizer.decode(list(prompt))
     return EncodedPrompt(ids=tuple(prompt), text=text)
 

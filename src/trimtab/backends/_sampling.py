@@ -59,7 +59,7 @@ class LogProbs:
         return ((self.values.gather(-1, tokens[:, None]) - self._most) - self._rest)[:, 0]
 
     def top(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return log-probabilities and ids of the `count` most likely tokens of each row, best first, equal ones by id."""
+        """Return log-probabilities and ids of the `count` most likely tokens of each row, best first, ties by id."""
         best, ids = self.values.topk(min(count, self.values.shape[-1]), dim=-1)
         ids, order = ids.sort(dim=-1)
         best, places = best.gather(-1, order).sort(dim=-1, descending=True, stable=True)

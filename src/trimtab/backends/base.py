@@ -21,9 +21,7 @@ from trimtab.sites import Site
 
 if TYPE_CHECKING:
     from trimtab.steering import Positions, Steering
-    from trimtab.trace import NullWriter, TraceWriter
-
-    Writer = TraceWriter | NullWriter
+    from trimtab.trace import Writer
 
 Edit = Literal["before", "after"]
 Stop = Literal["eos", "length", "forced"]
@@ -92,9 +90,11 @@ class Request:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; 0 or a positive number was expected")
         if self.logprobs < 0:
             raise InputError(f"logprobs is {self.logprobs}; 0 or a positive number was expected")
-        if not isinstance(self.prompt, str) and not isinstance(self.prompt, tuple):
-            kind = type(self.prompt).__name__
-            raise InputError(f"the prompt is a {kind}; text, a tuple of token ids or a tuple of Message was expected")
+        prompt: object = self.prompt
+        if not isinstance(prompt, (str, tuple)):
+            raise InputError(
+                f"the prompt is a {type(prompt).__name__}; text, a tuple of token ids or one of Message was expected"
+            )
         if len(self.prompt) == 0:
             raise InputError(f"request {self.id!r} has an empty prompt; at least one token was expected")
 
@@ -117,8 +117,9 @@ class Capture:
     """Whether the site `logits` also has the rows of the prompt before its last token."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.sites, str):
-            raise InputError(f"sites is the text {self.sites!r}; a tuple of patterns was expected: ({self.sites!r},)")
+        sites: object = self.sites
+        if isinstance(sites, str):
+            raise InputError(f"sites is the text {sites!r}; a tuple of patterns was expected: ({sites!r},)")
         if not self.sites:
             raise InputError("sites is empty; at least one site pattern was expected, such as layers.*.resid_post")
         if not self.edit or not set(self.edit) <= {"before", "after"}:
@@ -211,6 +212,8 @@ class Backend(Protocol):
     model_id: str
     info: ModelInfo
     tokenizer: Any
+    eos_ids: frozenset[int]
+    """Tokens that end a generation."""
 
     def sites(self) -> tuple[Site, ...]:
         """Return the sites that can be captured and steered."""

@@ -1,86 +1,19 @@
-"""The state of a batch: its requests, its left-padded layout, and the rows of each forward pass."""
+"""A batch on the model: its left-padded layout, and the rows of each forward pass."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from trimtab.backends._capture import Taken
-from trimtab.backends._sampling import Sampler
-from trimtab.backends.base import EncodedPrompt, Request, Stop, num_rows
-from trimtab.errors import NonFiniteError
+from trimtab.backends._item import Item
 from trimtab.steering import Positions, Program, Rows
 
 # Shapes: B requests, S places of one forward pass, R = B * S.
-
-
-@dataclass(slots=True)
-class Item:
-    """One request of a batch and what it has generated."""
-
-    name: str
-    request: Request
-    prompt: EncodedPrompt
-    program: Program | None
-    eos: frozenset[int]
-    sampler: Sampler
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    stop: Stop | None = None
-
-    def __post_init__(self) -> None:
-        if self.request.budget == 0:
-            self.stop = "length" if self.request.forced_tokens is None else "forced"
-
-    @property
-    def length(self) -> int:
-        """Number of prompt tokens."""
-        return len(self.prompt.ids)
-
-    @property
-    def rows(self) -> int:
-        """Rows that this request has run."""
-        return num_rows(self.length, len(self.tokens))
-
-    @property
-    def greedy(self) -> bool:
-        """Whether the next token is the most likely one."""
-        return self.request.forced_tokens is None and self.request.sampling.temperature == 0
-
-    def choose(self, logits: Tensor) -> int:
-        """Return the next token when it is not the most likely one: forced, or drawn from float32 logits [vocab]."""
-        if self.request.forced_tokens is not None:
-            return self.request.forced_tokens[len(self.tokens)]
-        return self.sampler.draw(logits)
-
-    def accept(self, token: int, logprob: float, top: tuple[tuple[int, float], ...]) -> None:
-        """Take the next token and find out whether it is the last.
-
-        Raises:
-            NonFiniteError: the model gave no probability.
-        """
-        if math.isnan(logprob):
-            raise NonFiniteError(
-                f"request {self.name!r}: the logits at position {self.length + len(self.tokens) - 1} are not finite; "
-                "the model left the range of its dtype: use bfloat16 or float32, or lower the steering"
-            )
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        if self.request.logprobs:
-            self.top.append(top[: self.request.logprobs])
-        last = len(self.tokens) == self.request.budget
-        if self.request.forced_tokens is not None:
-            self.stop = "forced" if last else None
-        elif token in self.eos and not self.request.ignore_eos:
-            self.stop = "eos"
-        elif last:
-            self.stop = "length"
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,8 +48,8 @@ def probe(model: nn.Module, sites: ModelMap, device: torch.device) -> dict[str, 
         failed += [name for name, error in (("chain", chain), ("algebra", algebra)) if not error <= bound]
     if failed:
         raise BackendError(
-            f"the sites of this {sites.family} model are not what they are called: the checks {', '.join(failed)} failed "
-            f"(found {found}); its modules differ from those of the family, or a foreign hook changes them"
+            f"the sites of this {sites.family} model are not what they are called: {', '.join(failed)} failed "
+            f"({found}); its modules differ from those of the family, or a foreign hook changes them"
         )
     return found
 

@@ -141,8 +141,8 @@ def _take_module(
     own = module_dtype(model)
     if dtype is not None and resolve_dtype(dtype) is not own:
         raise InputError(
-            f"the model is {dtype_name(own)} and dtype={dtype_name(resolve_dtype(dtype))} was asked for: a loaded model "
-            "is never cast, because that rounds its rotary tables; load it with from_pretrained(..., dtype=...)"
+            f"the model is {dtype_name(own)} and dtype={dtype_name(dtype)} was asked for: a loaded model is "
+            "never cast, because that rounds its rotary tables; load it with from_pretrained(..., dtype=...)"
         )
     if device is not None and torch.device(device).type != module_device(model).type:
         raise InputError(f"the model lies on {module_device(model)} and device={device!r} was asked for; move it first")

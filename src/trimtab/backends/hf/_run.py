@@ -13,9 +13,10 @@ from trimtab import hooks
 from trimtab.architectures import ModelMap
 from trimtab.backends._capture import RowOwner, RowSink, Slot
 from trimtab.backends._doses import DoseLedger, DoseOwner
+from trimtab.backends._item import Item
 from trimtab.backends._sampling import LogProbs
 from trimtab.backends.base import Capture
-from trimtab.backends.hf._batch import Item, Layout, Pass
+from trimtab.backends.hf._batch import Layout, Pass
 from trimtab.backends.hf._visit import SiteVisit, Visit
 from trimtab.errors import BackendError, UnfiredError
 from trimtab.results.runs import DoseSummary
@@ -62,8 +63,8 @@ class CapturePlan:
         for site, handle in self.handles.items():
             if not calls.get(site, 0):
                 raise BackendError(
-                    f"nothing was captured at {site}: the hook on module {handle.module_path!r} never ran; the module is "
-                    "not on the path of this forward pass"
+                    f"nothing was captured at {site}: the hook on module {handle.module_path!r} never ran; the module "
+                    "is not on the path of this forward pass"
                 )
 
     def check_counts(self, items: Sequence[Item]) -> None:

@@ -60,7 +60,7 @@ class Visit:
                 self._tail = step.taken(self.wanted)
                 for index, item in enumerate(step.items):
                     if item.request.budget == 0 or not step.keeps_logits:
-                        self._tail.index[index], self._tail.positions[index] = [], []
+                        self._tail.places[index], self._tail.positions[index] = [], []
             return self._tail
         if self._taken is None:
             self._taken = step.taken(self.wanted)
@@ -133,14 +133,14 @@ class SiteVisit:
         if applied.h is rows:
             return x
         if group.index is not None:
-            applied_h = flat.index_copy(0, group.index, applied.h)
-            return applied_h.reshape(x.shape)
+            return flat.index_copy(0, group.index, applied.h).reshape(x.shape)
         return applied.h.reshape(x.shape)
 
     def _culprit(self, program: SiteProgram, group: Group, rows: Tensor) -> str:
         """Return the name of the first request whose rows an op made non-finite."""
-        items = visit_items = self.visit.step.items
-        for owner in group.owners.unique().tolist():
+        names = [item.name for item in self.visit.step.items]
+        owners: list[int] = sorted(set(group.owners.tolist()))
+        for owner in owners:
             mine = group.owners == owner
             one = group.rows
             length = one.prompt_length if isinstance(one.prompt_length, int) else one.prompt_length[mine]
@@ -148,5 +148,5 @@ class SiteVisit:
             try:
                 program.apply(rows[mine], positions=one.positions[mine], prompt_length=length, token_ids=tokens)
             except NonFiniteError:
-                return items[owner].name
-        return ", ".join(visit_items[owner].name for owner in group.owners.unique().tolist())
+                return names[owner]
+        return ", ".join(names[owner] for owner in owners)

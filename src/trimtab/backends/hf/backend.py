@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from trimtab import hooks
 from trimtab._base.log import get_logger
 from trimtab.architectures import describe
 from trimtab.backends._encode import encode
+from trimtab.backends._item import Item, check_request
 from trimtab.backends._sampling import Sampler
 from trimtab.backends._tokens import token_rows
 from trimtab.backends.base import (
@@ -28,7 +28,7 @@ from trimtab.backends.base import (
     Score,
     name_requests,
 )
-from trimtab.backends.hf._batch import Item, Layout
+from trimtab.backends.hf._batch import Layout
 from trimtab.backends.hf._checks import probe
 from trimtab.backends.hf._load import load, module_device, module_dtype
 from trimtab.backends.hf._run import BatchRun, CapturePlan, Setting
@@ -90,9 +90,8 @@ class HFBackend:
         self._template_options = dict(template_options or {})
         self._programs: dict[Steering, Program] = {}
         self._sites = self.map.sites()
-        text = self.model.config.get_text_config(decoder=True)  # type: ignore[union-attr,operator]
-        self._vocabulary = self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator,union-attr]
-        self._eos = _eos_ids(self.model, text)
+        text: Any = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
+        self.eos_ids = _eos_ids(self.model, text)
         dtype_found, where = module_dtype(self.model), module_device(self.model)
         self._setting = Setting(
             model=self.model,
@@ -105,7 +104,7 @@ class HFBackend:
             family=self.map.family,
             num_layers=self.map.num_layers,
             hidden_size=self.map.hidden_size,
-            vocab_size=self._vocabulary,
+            vocab_size=self.model.get_input_embeddings().weight.shape[0],  # type: ignore[operator]
             dtype=dtype_name(dtype_found),
             device=str(where),
             fallback=self.map.fallback,
@@ -129,9 +128,7 @@ class HFBackend:
         Raises:
             InputError: no tokens, ids outside the vocabulary, or messages that the chat template refuses.
         """
-        encoded = encode(self.tokenizer, prompt, template_options=self._template_options)
-        self._check_ids(encoded.ids, "the prompt")
-        return encoded
+        return encode(self.tokenizer, prompt, self.info.vocab_size, template_options=self._template_options)
 
     def generate(
         self,
@@ -161,7 +158,7 @@ class HFBackend:
                 for item, dose in zip(batch, doses, strict=True):
                     if writer is not None:
                         writer.write_tokens(token_rows(self.tokenizer, item, config))
-                    done.append(self._generation(item, dose))
+                    done.append(item.generation(self._decode(item.tokens), dose))
                 if progress is not None:
                     progress(len(done), len(items))
         if plan is not None and not allow_unfired:
@@ -241,8 +238,11 @@ class HFBackend:
             for module in training:
                 module.training = True
 
+    def _decode(self, tokens: Sequence[int]) -> str:
+        return "" if self.tokenizer is None else str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
     def _layout(self, batch: Sequence[Item]) -> Layout:
-        layout = Layout(batch, filler=min(self._eos, default=0), device=self._setting.device)
+        layout = Layout(batch, filler=min(self.eos_ids, default=0), device=self._setting.device)
         if layout.padded and self.info.dtype == "float64" and self.info.attention == "eager":
             raise BackendError(
                 "float64 with eager attention gives NaN beside left padding; call "
@@ -252,27 +252,11 @@ class HFBackend:
 
     def _item(self, name: str, request: Request) -> Item:
         encoded = self.encode(request.prompt)
-        if request.forced_tokens is not None:
-            self._check_ids(request.forced_tokens, f"forced_tokens of request {name!r}")
-        if request.steering is not None and request.logprobs > self._vocabulary:
-            raise InputError(f"logprobs is {request.logprobs}; the vocabulary has {self._vocabulary} tokens")
+        check_request(name, request, len(encoded.ids), self.info.vocab_size, self.info.max_positions)
         program = self._program(request.steering)
         if program is not None:
             program.check_positions(len(encoded.ids))
-        rows, most = len(encoded.ids) + max(request.budget - 1, 0), self.info.max_positions
-        if most is not None and rows > most:
-            raise InputError(
-                f"request {name!r} needs {rows} positions ({len(encoded.ids)} of the prompt) and the model has {most}; "
-                "shorten the prompt or lower max_new_tokens"
-            )
-        return Item(name, request, encoded, program, self._eos, Sampler(request.sampling))
-
-    def _check_ids(self, ids: Sequence[int], what: str) -> None:
-        outside = [one for one in ids if not 0 <= one < self._vocabulary]
-        if outside:
-            raise InputError(
-                f"{what} holds the token id {outside[0]}; the vocabulary has ids 0 to {self._vocabulary - 1}"
-            )
+        return Item(name, request, encoded, program, self.eos_ids, Sampler(request.sampling))
 
     def _program(self, steering: Steering | None) -> Program | None:
         if steering is None:
@@ -307,20 +291,6 @@ class HFBackend:
                 raise SiteError(f"{site}: a backend runs no backward pass; record gradients with the dumper")
         handles = {site: self._setting.handle(site) for site in dict.fromkeys(sites)}
         return CapturePlan(capture, Positions.parse(capture.positions), handles)
-
-    def _generation(self, item: Item, doses: Any) -> Generation:
-        assert item.stop is not None
-        return Generation(
-            id=item.name,
-            prompt_index=item.request.prompt_index,
-            prompt_ids=item.prompt.ids,
-            token_ids=tuple(item.tokens),
-            text="" if self.tokenizer is None else self.tokenizer.decode(item.tokens, skip_special_tokens=True),
-            logprobs=tuple(item.logprobs),
-            top=tuple(item.top),
-            stop=item.stop,
-            doses=doses,
-        )
 
 
 def _eos_ids(model: nn.Module, text_config: Any) -> frozenset[int]:
