@@ -1,0 +1,343 @@
+"""The compiled passes. Import this module only through `_layout.kernels()`: it loads numba.
+
+Every kernel takes raw addresses and a storage code, decodes a block of at most `BLOCK` elements into float64 scratch
+that stays in the L1 cache, and reduces the scratch. So one compiled specialisation serves every pair of dtypes, no
+widened copy of a tensor ever exists, and calling costs about two microseconds. All kernels release the GIL; threads
+are the caller's (numba's own threading layer forbids concurrent calls or forks, depending on the layer).
+
+Only reassociation and contraction are allowed to the optimiser, never "no NaN" assumptions: maxima are taken over bit
+patterns, where for magnitudes the integer order is the order of the values and NaN and Inf lie above all others.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+BLOCK = 1024
+INF_BITS = 0x7FF0000000000000
+F64, F32, BF16, F16, TABLE, I8, U8, I16, U16, I32, U32, I64, U64, C64, C128 = range(15)
+FAST = {"reassoc", "contract", "nsz"}
+
+
+def _jit(function: Any) -> Any:
+    """Compile lazily, kept on disk where some cache directory is writable and in memory only where none is."""
+    try:
+        return njit(cache=True, nogil=True, fastmath=FAST, error_model="numpy")(function)
+    except RuntimeError:  # numba found no place for its cache
+        return njit(nogil=True, fastmath=FAST, error_model="numpy")(function)
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _at(typingctx: Any, address: Any) -> Any:
+    """Integer address -> untyped pointer, for `carray`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.inttoptr(args[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _float_of(typingctx: Any, bits: Any) -> Any:
+    """The float32 with these bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.FloatType())
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _bits_of(typingctx: Any, value: Any) -> Any:
+    """The bits of a float64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.IntType(64))
+
+    return types.int64(types.float64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _double_of(typingctx: Any, bits: Any) -> Any:
+    """The float64 with these bits."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+@_jit
+def _half(bits: Any) -> Any:
+    """Decode one binary16 without float16 arithmetic and without subnormal float32 inputs (flush-to-zero safe)."""
+    wide = np.uint32(bits)
+    magnitude = wide & np.uint32(0x7FFF)
+    exponent = magnitude >> np.uint32(10)
+    shifted = magnitude << np.uint32(13)
+    special = np.uint32(0x70000000) if exponent == np.uint32(31) else np.uint32(0x38000000)
+    normal = _float_of(shifted + special)
+    small = np.float32(np.int32(magnitude)) * np.float32(5.9604644775390625e-08)
+    value = small if exponent == np.uint32(0) else normal
+    return -value if wide & np.uint32(0x8000) else value
+
+
+@_jit
+def _decode_float(address: Any, code: Any, n: Any, out: Any, table: Any) -> None:
+    """Decode `n` floating elements at `address` into float64 `out`."""
+    if code == F32:
+        f32 = carray(_at(address), (n,), np.float32)
+        for i in range(n):
+            out[i] = f32[i]
+    elif code == BF16:
+        b16 = carray(_at(address), (n,), np.uint16)
+        for i in range(n):
+            out[i] = _float_of(np.uint32(b16[i]) << np.uint32(16))
+    elif code == F16:
+        h16 = carray(_at(address), (n,), np.uint16)
+        for i in range(n):
+            out[i] = _half(h16[i])
+    elif code == F64:
+        f64 = carray(_at(address), (n,), np.float64)
+        for i in range(n):
+            out[i] = f64[i]
+    elif code == TABLE:  # 8-bit floats
+        values = carray(_at(table), (256,), np.float64)
+        t8 = carray(_at(address), (n,), np.uint8)
+        for i in range(n):
+            out[i] = values[t8[i]]
+    elif code == C64:
+        c64 = carray(_at(address), (2 * n,), np.float32)
+        for i in range(n):
+            out[i] = np.hypot(np.float64(c64[2 * i]), np.float64(c64[2 * i + 1]))
+    else:  # C128
+        c128 = carray(_at(address), (2 * n,), np.float64)
+        for i in range(n):
+            out[i] = np.hypot(c128[2 * i], c128[2 * i + 1])
+
+
+@_jit
+def _decode_integer(address: Any, code: Any, n: Any, out: Any) -> None:
+    """Decode `n` integers at `address` into float64 `out` (64-bit ones are rounded)."""
+    if code == U8:
+        u8 = carray(_at(address), (n,), np.uint8)
+        for i in range(n):
+            out[i] = u8[i]
+    elif code == I8:
+        i8 = carray(_at(address), (n,), np.int8)
+        for i in range(n):
+            out[i] = i8[i]
+    elif code == I16:
+        i16 = carray(_at(address), (n,), np.int16)
+        for i in range(n):
+            out[i] = i16[i]
+    elif code == U16:
+        u16 = carray(_at(address), (n,), np.uint16)
+        for i in range(n):
+            out[i] = u16[i]
+    elif code == I32:
+        i32 = carray(_at(address), (n,), np.int32)
+        for i in range(n):
+            out[i] = i32[i]
+    elif code == U32:
+        u32 = carray(_at(address), (n,), np.uint32)
+        for i in range(n):
+            out[i] = u32[i]
+    elif code == I64:
+        i64 = carray(_at(address), (n,), np.int64)
+        for i in range(n):
+            out[i] = i64[i]
+    else:  # U64
+        u64 = carray(_at(address), (n,), np.uint64)
+        for i in range(n):
+            out[i] = u64[i]
+
+
+@_jit
+def _decode(address: Any, code: Any, n: Any, out: Any, table: Any) -> None:
+    """Decode `n` elements of any storage code."""
+    if code >= I8 and code <= U64:
+        _decode_integer(address, code, n, out)
+    else:
+        _decode_float(address, code, n, out, table)
+
+
+@_jit
+def _keep_finite(values: Any, n: Any) -> Any:
+    """Move the finite values to the front; return how many they are, and the counts of NaN and Inf."""
+    kept = nans = infs = 0
+    for i in range(n):
+        bits = _bits_of(values[i]) & np.int64(0x7FFFFFFFFFFFFFFF)
+        if bits > INF_BITS:
+            nans += 1
+        elif bits == INF_BITS:
+            infs += 1
+        else:
+            values[kept] = values[i]
+            kept += 1
+    return kept, nans, infs
+
+
+@_jit
+def _total(values: Any, n: Any) -> Any:
+    """Return the sum and the bits of the largest magnitude."""
+    total = 0.0
+    top = np.int64(0)
+    for i in range(n):
+        total += values[i]
+        top = max(top, _bits_of(values[i]) & np.int64(0x7FFFFFFFFFFFFFFF))
+    return total, top
+
+
+@_jit
+def moments(address: Any, code: Any, itemsize: Any, numel: Any, table: Any) -> Any:
+    """Return (count, mean, m2, absmax, nans, infs) of the finite values, blocks merged by Chan's update."""
+    values = np.empty(BLOCK, np.float64)
+    count = nans = infs = 0
+    mean = m2 = 0.0
+    absmax = np.int64(0)
+    for start in range(0, numel, BLOCK):
+        n = min(BLOCK, numel - start)
+        _decode(address + start * itemsize, code, n, values, table)
+        total, top = _total(values, n)
+        if top >= INF_BITS:
+            n, block_nans, block_infs = _keep_finite(values, n)
+            nans += block_nans
+            infs += block_infs
+            total, top = _total(values, n)
+        if n == 0:
+            continue
+        absmax = max(absmax, top)
+        block_mean = total / n
+        block_m2 = 0.0
+        for i in range(n):
+            delta = values[i] - block_mean
+            block_m2 += delta * delta
+        merged = count + n
+        shift = block_mean - mean
+        mean += shift * (n / merged)
+        m2 += block_m2 + shift * shift * (count * (n / merged))
+        count = merged
+    return count, mean, m2, _double_of(absmax), nans, infs
+
+
+@_jit
+def _masked(r: Any, c: Any, n: Any, counts: Any) -> None:
+    """Zero the pairs that are not finite on both sides, after counting them.
+
+    `counts` = reference NaN, reference Inf, candidate NaN, candidate Inf, positions where the kinds differ.
+    """
+    for i in range(n):
+        x, y = r[i], c[i]
+        bits_x = _bits_of(x) & np.int64(0x7FFFFFFFFFFFFFFF)
+        bits_y = _bits_of(y) & np.int64(0x7FFFFFFFFFFFFFFF)
+        if bits_x < INF_BITS and bits_y < INF_BITS:
+            continue
+        counts[0] += bits_x > INF_BITS
+        counts[1] += bits_x == INF_BITS
+        counts[2] += bits_y > INF_BITS
+        counts[3] += bits_y == INF_BITS
+        both_nan = bits_x > INF_BITS and bits_y > INF_BITS
+        same_inf = bits_x == INF_BITS and bits_y == INF_BITS and (x > 0) == (y > 0)
+        counts[4] += not (both_nan or same_inf)
+        counts[5] += 1
+        r[i] = 0.0
+        c[i] = 0.0
+
+
+@_jit
+def _sums(r: Any, c: Any, channel: Any, n: Any) -> Any:
+    """Reduce one decoded block: dd, rr, cc, rc, |d|, r, d, bits of max |d|, unequal; add d^2 to the channels."""
+    dd = rr = cc = rc = absolute = total = error = 0.0
+    top = np.int64(0)
+    unequal = np.int64(0)
+    for i in range(n):
+        x = r[i]
+        y = c[i]
+        d = y - x
+        a = abs(d)
+        dd += d * d
+        rr += x * x
+        cc += y * y
+        rc += x * y
+        absolute += a
+        total += x
+        error += d
+        unequal += np.int64(d != 0.0)
+        top = max(top, _bits_of(a))
+        channel[i] += d * d
+    return dd, rr, cc, rc, absolute, total, error, top, unequal
+
+
+@_jit
+def pair(
+    reference: Any,
+    reference_code: Any,
+    reference_item: Any,
+    reference_stride: Any,
+    reference_table: Any,
+    candidate: Any,
+    candidate_code: Any,
+    candidate_item: Any,
+    candidate_stride: Any,
+    candidate_table: Any,
+    num_rows: Any,
+    num_columns: Any,
+    scale: Any,
+    rows: Any,
+    channels: Any,
+    sums: Any,
+    counts: Any,
+    where: Any,
+) -> None:
+    """Reduce a rectangle of two tensors in one pass.
+
+    Addresses and row strides are in bytes; elements of a row are adjacent. Outputs are added to: `rows` [num_rows, 4]
+    (dd, rr, cc, rc), `channels` [num_columns or BLOCK] (sum of d^2; scratch when it is BLOCK long and the rectangle
+    is wider), `sums` [3] (|d|, r, d), `counts` [7] (see `_masked`; [6] unequal), `where` [3] = bits of the largest
+    |d| (-1: none yet), its row, and the first column of its block.
+    """
+    r = np.empty(BLOCK, np.float64)
+    c = np.empty(BLOCK, np.float64)
+    scratch = np.zeros(BLOCK, np.float64)
+    keep_channels = channels.size == num_columns
+    for start in range(0, num_columns, BLOCK):
+        n = min(BLOCK, num_columns - start)
+        channel = channels[start : start + n] if keep_channels else scratch
+        for row in range(num_rows):
+            address = reference + row * reference_stride + start * reference_item
+            _decode(address, reference_code, n, r, reference_table)
+            address = candidate + row * candidate_stride + start * candidate_item
+            _decode(address, candidate_code, n, c, candidate_table)
+            if scale != 1.0:
+                for i in range(n):
+                    r[i] *= scale
+                    c[i] *= scale
+            if not _all_finite(r, c, n):
+                _masked(r, c, n, counts)
+            dd, rr, cc, rc, absolute, total, error, top, unequal = _sums(r, c, channel, n)
+            rows[row, 0] += dd
+            rows[row, 1] += rr
+            rows[row, 2] += cc
+            rows[row, 3] += rc
+            sums[0] += absolute
+            sums[1] += total
+            sums[2] += error
+            counts[6] += unequal
+            if top > where[0] or (top == where[0] and row < where[1]):
+                where[0], where[1], where[2] = top, row, start
+
+
+@_jit
+def _all_finite(r: Any, c: Any, n: Any) -> Any:
+    """Tell whether no element of either side is NaN or Inf."""
+    top = np.int64(0)
+    for i in range(n):
+        top = max(top, _bits_of(r[i]) & np.int64(0x7FFFFFFFFFFFFFFF))
+        top = max(top, _bits_of(c[i]) & np.int64(0x7FFFFFFFFFFFFFFF))
+    return top < INF_BITS

@@ -1,0 +1,320 @@
+"""The one pass that compares two tensors."""
+
+from __future__ import annotations
+
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.errors import InputError
+from trimtab.numerics._layout import CODES, Rectangle, kernels, plain, rectangles, table_address
+from trimtab.numerics._sums import Sums, add_torch, largest, row_figures, wide_integers, widen
+from trimtab.numerics.dtypes import coarser, dtype_name, is_floating, round_to
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+Engine = Literal["numba", "torch"]
+
+_LIMIT = {"numba": 1 << 24, "torch": 1 << 20}
+_CHANNEL_LIMIT = 1 << 20
+_THREAD_WORTH = 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairStats:
+    """How a candidate differs from a reference; r and c are their elements, rows run over the last dimension.
+
+    Sums are float64. Every figure is over the pairs that are finite on both sides; what is not finite is counted and
+    compared by position. Means over no element are 0, so two empty tensors are identical.
+    """
+
+    numel: int
+    rows: int
+    """Rows over the last dimension (a 0-d or 1-d tensor is one row)."""
+    mae: float
+    """`mean |c - r|`; 0 is equality. Modulus for complex tensors, here and below."""
+    rmse: float
+    """`sqrt(mean |c - r|^2)`."""
+    max_abs: float
+    """`max |c - r|`."""
+    max_abs_index: tuple[int, ...]
+    """Where the largest difference is (the first of equal ones); empty for a 0-d or an empty tensor."""
+    max_abs_reference: float
+    """The reference's value there (an int for integer tensors, the modulus for complex ones)."""
+    max_abs_candidate: float
+    rel_l2: float
+    """`|c - r| / |r|` over the whole tensor; 0 for two zero tensors, inf when only the reference is zero."""
+    rel_diff: float
+    """`|c - r|^2 / (|r|^2 + |c|^2)`, between 0 and 2."""
+    cosine: float
+    """Mean of the rows' cosines."""
+    cosine_min: float
+    cosine_flat: float
+    """Cosine of the whole tensors as vectors."""
+    slope: float
+    """Least squares factor `<r, c> / <r, r>` of `c ~ slope r`; 1 for two zero tensors, inf for a zero reference."""
+    mean_reference: float
+    """Mean of r (modulus of the mean for complex tensors)."""
+    mean_candidate: float
+    mean_error: float
+    """`mean (c - r)`, signed, summed as differences (modulus of it for complex tensors)."""
+    unequal: int
+    """Positions whose values differ; equal NaN, equal Inf and the two zeros count as equal."""
+    exact: bool
+    """True when both sides are integers or booleans: equality is then the only criterion."""
+    nan_reference: int
+    nan_candidate: int
+    inf_reference: int
+    inf_candidate: int
+    nonfinite_mismatches: int
+    """Positions where one side is NaN, +Inf or -Inf and the other is not the same."""
+    row_error: Array
+    """`|c - r|` of each row, [rows]; empty when per_row is False, like the other row arrays."""
+    row_norm: Array
+    """`|r|` of each row."""
+    row_rel_l2: Array
+    """`row_error / row_norm`: 0 for two zero rows, inf for a zero reference row only."""
+    row_cosine: Array
+    """Cosine of each row: 1 for two zero rows, 0 for one zero row."""
+    channel_rms: Array
+    """`sqrt(mean over rows |c - r|^2)` of each position of the last dimension; empty beyond 2^20 channels."""
+    dtype_reference: str
+    dtype_candidate: str
+    engine: str
+    accumulator: str = "float64"
+
+    @property
+    def nonfinite_match(self) -> bool:
+        """True when NaN, +Inf and -Inf are at the same positions on both sides."""
+        return self.nonfinite_mismatches == 0
+
+    @property
+    def identical(self) -> bool:
+        """True when no position differs in value."""
+        return self.unequal == 0
+
+
+def compare_pair(reference: Tensor, candidate: Tensor, *, engine: Engine = "numba", per_row: bool = True) -> PairStats:
+    """Compare two tensors of one shape, as they are stored, in one pass over their rows.
+
+    Any dtypes may meet: values are widened exactly to float64 block by block (64-bit integers are compared as
+    integers), so memory does not grow with the tensors beyond the per-row arrays.
+
+    Args:
+        reference: the trusted tensor, any shape, dtype and layout.
+        candidate: the tensor under test, same shape.
+        engine: "numba" reads CPU memory at about its bandwidth; "torch" runs on the tensors' own device and agrees
+            to 1e-12. Complex tensors, 64-bit integers and CUDA tensors always take "torch"; the result says which ran.
+        per_row: keep the per-row arrays (float64, one number per row each).
+
+    Returns:
+        The statistics; see `PairStats`.
+
+    Raises:
+        InputError: when the shapes differ, or a tensor is sparse, meta or of a dtype without values.
+    """
+    return _compare(reference, candidate, engine=engine, per_row=per_row, common=None)
+
+
+def compare_pair_coarser(
+    reference: Tensor, candidate: Tensor, *, engine: Engine = "numba", per_row: bool = True
+) -> PairStats:
+    """Compare two tensors after rounding both once to the coarser of their dtypes.
+
+    What `compare_pair` of a float32 and a bfloat16 tensor shows includes the storage rounding of the coarser side;
+    here that rounding is on both sides, so 0 means "the same up to storage". Arguments and result as `compare_pair`;
+    the result's dtypes are the common one.
+    """
+    common = coarser(reference.dtype, candidate.dtype)
+    return _compare(reference, candidate, engine=engine, per_row=per_row, common=common)
+
+
+def _compare(
+    reference: Tensor, candidate: Tensor, *, engine: Engine, per_row: bool, common: torch.dtype | None
+) -> PairStats:
+    """Check, run the engine over rectangles, finish; again with a scale when float64 squares left their range."""
+    names = (dtype_name(common or reference.dtype), dtype_name(common or candidate.dtype))
+    left, right = plain(reference), plain(candidate)
+    if left.shape != right.shape:
+        raise InputError(
+            f"got reference {tuple(reference.shape)} {dtype_name(reference.dtype)} and candidate "
+            f"{tuple(candidate.shape)} {dtype_name(candidate.dtype)}; expected equal shapes (no broadcasting)"
+        )
+    if engine not in _LIMIT:
+        raise InputError(f"got engine={engine!r}; expected 'numba' or 'torch'")
+    chosen = _choose(engine, left, right)
+    total = _run(left, right, chosen, per_row, common, scale=1.0)
+    if total.left_range() and {left.dtype, right.dtype} & {torch.float64, torch.complex128}:
+        scale = _rescue_scale(left, right)
+        if scale != 1.0:
+            total = _run(left, right, chosen, per_row, common, scale=scale)
+    place = largest(total, left, right, common)
+    return _finish(left, right, total, place, names=names, engine=chosen)
+
+
+def _choose(engine: Engine, left: Tensor, right: Tensor) -> Engine:
+    """The engine that can read both sides."""
+    if left.is_complex() or right.is_complex() or left.is_cuda or right.is_cuda:
+        return "torch"
+    return "torch" if wide_integers(left.dtype, right.dtype) else engine
+
+
+def _run(left: Tensor, right: Tensor, engine: Engine, per_row: bool, common: torch.dtype | None, scale: float) -> Sums:
+    """Accumulate over all rectangles."""
+    width = left.shape[-1] if left.dim() else 1
+    rows = math.prod(left.shape[:-1])
+    total = Sums(rows=rows, channels=width if width <= _CHANNEL_LIMIT else 0, keep_rows=per_row, scale=scale)
+    for part in rectangles(left, right, _LIMIT[engine]):
+        if common is not None:
+            rounded = round_to(part.reference, common), round_to(part.candidate, common)
+            part = Rectangle(*rounded, part.row, part.column)
+        total.begin(part)
+        if engine == "torch":
+            add_torch(total, part)
+        else:
+            _add_numba(total, part)
+        if part.column + part.reference.shape[1] == width:
+            total.end()
+    return total
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """On the CPU with adjacent elements in a row."""
+    tensor = tensor.to("cpu")
+    return tensor if tensor.shape[1] == 1 or tensor.stride(1) == 1 else tensor.contiguous()
+
+
+def _add_numba(total: Sums, part: Rectangle) -> None:
+    """Reduce one rectangle with the compiled kernel, split over threads by rows or, for few rows, by columns."""
+    reference, candidate = _readable(part.reference), _readable(part.candidate)
+    num_rows, num_columns = reference.shape
+    threads = 1
+    if reference.numel() >= _THREAD_WORTH:
+        threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
+    by_rows = num_rows >= threads
+    size = num_rows if by_rows else num_columns
+    bounds = [size * i // threads for i in range(threads + 1)]
+    jobs = [_Job(total, part, reference, candidate, bounds[i], bounds[i + 1], by_rows) for i in range(threads)]
+    if threads == 1:
+        jobs[0].run()
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            for finished in [pool.submit(job.run) for job in jobs]:
+                finished.result()
+    for job in jobs:
+        job.add_to(total)
+
+
+class _Job:
+    """One thread's part of a rectangle, with its own outputs."""
+
+    def __init__(
+        self, total: Sums, part: Rectangle, reference: Tensor, candidate: Tensor, low: int, high: int, by_rows: bool
+    ) -> None:
+        self.part, self.reference, self.candidate, self.scale = part, reference, candidate, total.scale
+        self.row, self.num_rows = (low, high - low) if by_rows else (0, reference.shape[0])
+        self.column, self.num_columns = (0, reference.shape[1]) if by_rows else (low, high - low)
+        keep_channels = total.channels.size > 0
+        self.rows = np.zeros((self.num_rows, 4))
+        self.channels = np.zeros(self.num_columns if keep_channels else kernels().BLOCK)
+        self.sums, self.counts = np.zeros(3), np.zeros(7, np.int64)
+        self.where = np.array([-1, 0, 0], np.int64)
+
+    def run(self) -> None:
+        """Call the kernel; the GIL is released inside."""
+        sides: list[int] = []
+        for tensor in (self.reference, self.candidate):
+            item, stride = tensor.element_size(), tensor.stride(0) * tensor.element_size()
+            address = tensor.data_ptr() + self.row * stride + self.column * item
+            sides += [address, CODES[tensor.dtype], item, stride, table_address(tensor.dtype)]
+        kernels().pair(
+            *sides, self.num_rows, self.num_columns, self.scale,
+            self.rows, self.channels, self.sums, self.counts, self.where,
+        )  # fmt: skip
+
+    def add_to(self, total: Sums) -> None:
+        """Add this part to the whole."""
+        row, column = self.part.row + self.row, self.part.column + self.column
+        total.add_rows(row, self.rows)
+        if total.channels.size:
+            total.channels[column : column + self.num_columns] += self.channels
+        total.absolute += float(self.sums[0])
+        total.reference += float(self.sums[1])
+        total.error += float(self.sums[2])
+        total.counts += self.counts
+        if self.where[0] >= 0:
+            value = float(self.where[:1].view(np.float64)[0])
+            low = column + int(self.where[2])
+            total.offer_max(value, row + int(self.where[1]), low, low + kernels().BLOCK)
+
+
+def _rescue_scale(left: Tensor, right: Tensor) -> float:
+    """The power of two that brings the largest finite magnitude near 1, where its square fits float64."""
+    top = 0.0
+    for part in rectangles(left, right, _LIMIT["torch"]):
+        for side in widen(part.reference, part.candidate)[:2]:
+            magnitude = side.abs()
+            top = max(top, float(torch.where(magnitude.isfinite(), magnitude, 0.0).max()))
+    return 1.0 if top == 0.0 or 1e-100 < top < 1e100 else math.ldexp(1.0, -math.frexp(top)[1])
+
+
+def _finish(
+    left: Tensor,
+    right: Tensor,
+    total: Sums,
+    place: tuple[tuple[int, ...], float, float, float],
+    *,
+    names: tuple[str, str],
+    engine: str,
+) -> PairStats:
+    """Turn sums into figures."""
+    dd, rr, cc, rc = (float(x) for x in total.whole[0])
+    whole = row_figures(total.whole)
+    pairs = max(left.numel() - int(total.counts[5]), 1) * total.scale
+    mean, error = total.reference / pairs, total.error / pairs
+    modulus = abs if left.is_complex() or right.is_complex() else _real
+    counts = [int(x) for x in total.counts]
+    return PairStats(
+        numel=left.numel(),
+        rows=total.rows,
+        mae=total.absolute / pairs,
+        rmse=math.sqrt(dd / (pairs / total.scale)) / total.scale,
+        max_abs_index=place[0],
+        max_abs_reference=place[1],
+        max_abs_candidate=place[2],
+        max_abs=place[3],
+        rel_l2=float(whole.rel_l2[0]),
+        rel_diff=dd / (rr + cc) if rr + cc > 0 else 0.0,
+        cosine=total.cosine_sum / total.rows if total.rows else 1.0,
+        cosine_min=total.cosine_min,
+        cosine_flat=float(whole.cosine[0]),
+        slope=rc / rr if rr > 0 else (math.inf if cc > 0 else 1.0),
+        mean_reference=modulus(mean),
+        mean_candidate=modulus(mean + error),
+        mean_error=modulus(error),
+        nan_reference=counts[0],
+        inf_reference=counts[1],
+        nan_candidate=counts[2],
+        inf_candidate=counts[3],
+        nonfinite_mismatches=counts[4],
+        unequal=counts[4] + counts[6],
+        exact=not is_floating(left.dtype) and not is_floating(right.dtype),
+        row_error=total.kept.error / total.scale,
+        row_norm=total.kept.norm / total.scale,
+        row_rel_l2=total.kept.rel_l2,
+        row_cosine=total.kept.cosine,
+        channel_rms=np.sqrt(total.channels / max(total.rows, 1)) / total.scale,
+        dtype_reference=names[0],
+        dtype_candidate=names[1],
+        engine=engine,
+    )
+
+
+def _real(value: complex) -> float:
+    """The sum of real tensors, kept in a complex accumulator."""
+    return value.real
