@@ -223,7 +223,7 @@ def test_a_sweep_repeats_from_its_manifest(run: SweepRun, tmp_path: Path) -> Non
 
 
 def test_nothing_to_repeat_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="neither sweep.json nor manifest.json"):
+    with pytest.raises(InputError, match=r"neither sweep\.json nor manifest\.json"):
         tt.rerun(tmp_path)
     with tt.TraceWriter(tmp_path / "mine") as writer:
         writer.write("x", torch.ones(2))

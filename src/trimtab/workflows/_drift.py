@@ -11,7 +11,8 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from trimtab.numerics import coarser, mae_band, ulp_distance
+from trimtab.numerics import coarser, ulp_distance
+from trimtab.numerics.metrics import mae_band
 from trimtab.results import CapStep, DriftCell, LogprobStep
 from trimtab.trace import Trace
 from trimtab.workflows._agreement import Tokens
