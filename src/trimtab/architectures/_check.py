@@ -35,8 +35,8 @@ def _rotary(model: nn.Module) -> list[str]:
     for name, buffer in model.named_buffers():
         if name.rpartition(".")[2].endswith("inv_freq") and _rounded(buffer):
             return [
-                f"{name} was rounded ({buffer.dtype}): the model was cast after loading, which moves every rotary angle; "
-                "reload it with from_pretrained(..., dtype=...) instead of calling .to(dtype), .half() or .bfloat16()"
+                f"{name} was rounded ({buffer.dtype}): the model was cast after loading, which moves every rotary "
+                "angle; reload it with from_pretrained(..., dtype=...) instead of calling .to(dtype) or .half()"
             ]
     return []
 

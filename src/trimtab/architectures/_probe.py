@@ -7,6 +7,7 @@ contributions is attention.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence
 from types import MappingProxyType
@@ -37,7 +38,7 @@ def probe(model: nn.Module, *, allow_fallback: bool = False) -> ModelMap:
         allow_fallback: whether the map says that the model may be steered.
 
     Raises:
-        BackendError: it cannot run on token ids, no list of blocks was found, or its stream is not one [B, S, d] tensor.
+        BackendError: it cannot run on token ids, it has no list of blocks, or several streams.
     """
     config = text_config(model)
     sizes = Sizes.of(config)
@@ -109,15 +110,15 @@ def _find_blocks(model: nn.Module, calls: Sequence[Call], config: Any) -> tuple[
         candidates.append((rank, path, blocks))
     if not candidates:
         raise BackendError(
-            f"{type(model).__name__} (model type {config.model_type!r}) has no list of decoder blocks that each run once "
-            "per forward pass; read it through module:<path>.output sites"
+            f"{type(model).__name__} (model type {config.model_type!r}) has no list of decoder blocks that each run "
+            "once per forward pass; read it through module:<path>.output sites"
         )
     rank, path, blocks = max(candidates, key=lambda candidate: candidate[0])
     shape = blocks[0].output.shape if blocks[0].output is not None else ()
     if len(shape) != 3:
         raise BackendError(
-            f"{type(model).__name__}: its blocks pass on a tensor of shape {tuple(shape)}, several streams instead of one "
-            "[batch, sequence, width]; a direction has no meaning there; read it through module:<path>.output sites"
+            f"{type(model).__name__}: its blocks pass on a tensor of shape {tuple(shape)}, several streams instead of "
+            "one [batch, sequence, width]; a direction has no meaning there; read it through module:<path>.output sites"
         )
     return path, blocks, rank[1]
 
@@ -125,7 +126,7 @@ def _find_blocks(model: nn.Module, calls: Sequence[Call], config: Any) -> tuple[
 def _chained(blocks: Sequence[Call]) -> bool:
     return all(
         one.output is not None and two.input is not None and torch.equal(one.output, two.input)
-        for one, two in zip(blocks, blocks[1:], strict=False)
+        for one, two in itertools.pairwise(blocks)
     )
 
 

@@ -16,9 +16,7 @@ from trimtab.architectures._record import Call
 
 _PASSING = ("Dropout", "Identity")
 _ATTENTION = re.compile(r"attn|attention", re.IGNORECASE)
-_SOFTMAX_INPUT = re.compile(
-    r"^(q_proj|query|query_key_value|qkv_proj|qkv|c_attn|wqkv|wq|q_lin|in_proj)$", re.IGNORECASE
-)
+_SOFTMAX_INPUT = re.compile(r"^(q_proj|query|query_key_value|qkv_proj|qkv|c_attn|wqkv|wq|q_lin|in_proj)$", re.I)
 _PROJECTIONS = {"q": ("q_proj", "query"), "k": ("k_proj", "key"), "v": ("v_proj", "value")}
 _CLOSE = {torch.float32: 2e-5, torch.float64: 2e-5, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 """Largest deviation, relative to the largest entry, at which two tensors are taken for the same."""
@@ -161,9 +159,10 @@ def _find_mid(block: Call, children: Sequence[Call], parts: _Sum) -> Call | None
     expected = block.input + (first * parts.scale if parts.scale != 1.0 else first)
     for call in children:
         received = call.input
-        if call.begin > parts.first.end and received is not None and received.shape == expected.shape:
-            if same(received, expected):
-                return call
+        if received is None or received.shape != expected.shape or call.begin < parts.first.end:
+            continue
+        if same(received, expected):
+            return call
     return None
 
 
