@@ -19,20 +19,23 @@ from trimtab.steering.rows import Rows
 if TYPE_CHECKING:
     from trimtab.steering.program import SiteProgram
 
-_programs: weakref.WeakValueDictionary[int, SiteProgram] = weakref.WeakValueDictionary()
+_programs: weakref.WeakValueDictionary[str, SiteProgram] = weakref.WeakValueDictionary()
 _numbers = itertools.count()
 
 
-def enroll(program: SiteProgram) -> int:
-    """Return the number by which a graph finds `program`, for as long as the program lives."""
-    number = next(_numbers)
-    _programs[number] = program
-    return number
+def enroll(program: SiteProgram) -> str:
+    """Return the name by which a graph finds `program`, for as long as the program lives.
+
+    A text, not a number: Dynamo makes a number that differs between layers symbolic.
+    """
+    name = f"program{next(_numbers)}"
+    _programs[name] = program
+    return name
 
 
 @torch.library.custom_op("trimtab::steer", mutates_args=())
 def steer(
-    h: Tensor, positions: Tensor, prompt_length: Tensor, token_ids: Tensor | None, padded: bool | None, program: int
+    h: Tensor, positions: Tensor, prompt_length: Tensor, token_ids: Tensor | None, padded: bool | None, program: str
 ) -> tuple[Tensor, Tensor]:
     """Apply the ops of a program; returns new rows and the number of rows that each op selected."""
     lengths = prompt_length if prompt_length.ndim else int(prompt_length)
@@ -43,7 +46,7 @@ def steer(
 
 @steer.register_fake
 def _(
-    h: Tensor, positions: Tensor, prompt_length: Tensor, token_ids: Tensor | None, padded: bool | None, program: int
+    h: Tensor, positions: Tensor, prompt_length: Tensor, token_ids: Tensor | None, padded: bool | None, program: str
 ) -> tuple[Tensor, Tensor]:
     steps = len(_programs[program].steps)
     return torch.empty_like(h), torch.empty(steps, dtype=torch.int64, device=h.device)

@@ -44,7 +44,7 @@ _FORMS = (
     "all, prompt, generated, last_prompt, response, each_step_last, a range such as 3:7, -4:P or P:P+8, "
     "tokens{5,9}, mask{0110}, or !term to exclude"
 )
-_TERM = re.compile(r"\s*(!?)\s*((?:tokens|mask)\{[^{}]*\}|[^,{}!]*?)\s*(?:,|$)")
+_COMMA = re.compile(r",(?![^{}]*\})")
 _EDGE = re.compile(r"(?P<p>P)?\s*(?P<offset>[+-]?\s*\d+)?")
 _MANY = 4  # beyond this many absolute ranges a binary search is cheaper than one comparison each
 
@@ -285,18 +285,12 @@ def _edge_text(edge: Edge) -> str:
 def _parse(text: str) -> Positions:
     kept: tuple[list[Range], list[int]] = ([], [])
     dropped: tuple[list[Range], list[int]] = ([], [])
-    at = 0
-    while at < len(text) or at == 0:
-        match = _TERM.match(text, at)
-        if match is None or not match[2]:
-            raise PositionError(f"positions {text!r}: cannot read {text[at:]!r}; write {_FORMS}")
-        ranges, ids = dropped if match[1] else kept
-        found, tokens = _term(match[2], text)
+    for part in _COMMA.split(text):
+        mark, term = re.fullmatch(r"\s*(!?)(.*?)\s*", part, re.DOTALL).groups()  # type: ignore[union-attr]
+        ranges, ids = dropped if mark else kept
+        found, tokens = _term(term.strip(), text)
         ranges.extend(found)
         ids.extend(tokens)
-        at = match.end()
-        if at == len(text) and text[at - 1] != ",":
-            break
     return Positions(tuple(kept[0]), tuple(kept[1]), tuple(dropped[0]), tuple(dropped[1]))
 
 

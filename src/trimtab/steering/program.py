@@ -68,7 +68,7 @@ class SiteProgram:
         self.steps = tuple(steps)
         self.width = next((step.op.width for step in steps if step.op.width is not None), None)
         self._ready: dict[tuple[torch.device, torch.dtype], _Ready] = {}
-        self._number = _compiled.enroll(self)
+        self._name = _compiled.enroll(self)
         self._flags: dict[torch.device, Tensor] = {}
 
     def __repr__(self) -> str:
@@ -149,11 +149,11 @@ class SiteProgram:
         return self._general(h, rows, ready, detail)
 
     def _in_graph(self, h: Tensor, rows: Rows, detail: Detail) -> Applied:
-        if detail != "counts":
+        if detail != "counts":  # Dynamo leaves the graph here and runs this call eagerly
             raise InputError(f"{self.site}: a compiled graph counts rows only; ask for the full dose outside it")
         length = rows.prompt_length
         length = length if isinstance(length, Tensor) else torch.tensor(length)
-        out, counts = _compiled.steer(h, rows.positions, length, rows.token_ids, rows.padded, self._number)
+        out, counts = _compiled.steer(h, rows.positions, length, rows.token_ids, rows.padded, self._name)
         return Applied(out, tuple(OpDose(self.site, one.name, counts[i]) for i, one in enumerate(self.steps)))
 
     def _general(self, h: Tensor, rows: Rows, ready: _Ready, detail: Detail) -> Applied:
