@@ -26,6 +26,9 @@ class Measured:
     """|a - r| by row."""
     row_norm: Floats = field(default_factory=lambda: np.zeros(0))
     """|r| by row."""
+    mean_error: float = 0.0
+    channel_error: Floats = field(default_factory=lambda: np.zeros(0))
+    """rms of a - r by channel; empty when there are too many channels to keep."""
     width: int = 1
     worst_flat: int = 0
     """Flat index of the largest |a - r| in rows x width."""

@@ -87,21 +87,39 @@ class Aligned:
         return self.between(begin, begin + count)
 
     def channels(self) -> tuple[Floats, Floats]:
-        """Per channel: slope - 1, and mean error over the channel's rms in the reference."""
-        product, square, error = (np.zeros(self.width) for _ in range(3))
+        """Per channel: slope - 1 of what varies over the rows, and mean error over the channel's rms.
+
+        The slope is that of centred columns: an error of something all rows share, such as a massive channel, is not
+        a scale error of the tensor.
+        """
+        product, square, error, total = (np.zeros(self.width) for _ in range(4))
         for chunk in self.chunks():
-            reference, candidate = (np.nan_to_num(side.double().numpy(), posinf=0, neginf=0) for side in chunk[1:])
-            difference = candidate - reference
+            reference, candidate = (side.double().numpy() for side in chunk[1:])
+            good = np.isfinite(reference) & np.isfinite(candidate)
+            reference = np.where(good, reference, 0)
+            difference = np.where(good, candidate, 0) - reference
             product += np.einsum("rc,rc->c", difference, reference)
             square += np.einsum("rc,rc->c", reference, reference)
             error += difference.sum(axis=0)
+            total += reference.sum(axis=0)
+        varying = square - total**2 / self.rows
+        varying[varying <= 1e-9 * square] = np.nan
         with np.errstate(divide="ignore", invalid="ignore"):
-            return product / square, error / np.sqrt(self.rows * square)
+            return (product - error * total / self.rows) / varying, error / np.sqrt(self.rows * square)
 
-    def channel_rms(self, channel: int) -> float:
-        """The reference's rms in one channel."""
-        square = sum(float(np.nansum(chunk.reference[:, channel].double().numpy() ** 2)) for chunk in self.chunks())
-        return float(np.sqrt(square / max(self.rows, 1)))
+    def channel_rms(self, most: int | None = None) -> Floats:
+        """The reference's rms by channel, over all rows or over at most `most` evenly spread ones."""
+        if most is not None and self.rows > most:
+            picked = np.linspace(0, self.rows - 1, most).astype(int).tolist()
+            parts = [self.between(row, row + 1).reference for row in picked]
+        else:
+            parts = [chunk.reference for chunk in self.chunks()]
+        square, count = np.zeros(self.width), 0
+        for part in parts:
+            values = np.nan_to_num(part.double().numpy(), posinf=0, neginf=0)
+            square += np.einsum("rc,rc->c", values, values)
+            count += len(values)
+        return np.sqrt(square / max(count, 1))
 
     def max_ulp(self) -> int | None:
         """Largest distance in representable steps of the coarser dtype; None when a side is not finite."""

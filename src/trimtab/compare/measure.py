@@ -1,21 +1,22 @@
 """Measure one aligned pair in chunks: type-correct, float64 sums, memory that does not grow with the pair.
 
-Floats go through `numerics.pair.compare_pair`; integers and booleans are compared exactly; complex numbers as pairs of
-floats; NaN and Inf by position, and left out of the sums.
+The work is done by `numerics.pair.compare_pair`. Integers and booleans are compared exactly, complex numbers as pairs of
+floats, NaN and Inf by position; what is not finite stays out of the sums.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from trimtab.compare._measured import Floats, Measured, relative_rows
-from trimtab.numerics.dtypes import coarser, dtype_name
+from trimtab.numerics.dtypes import coarser, dtype_name, round_to
 from trimtab.numerics.pair import PairStats, compare_pair
 from trimtab.results.comparison import Metrics
 
@@ -55,29 +56,34 @@ def measure(chunks: Iterable[Chunk], shape: tuple[int, ...], dtypes: tuple[torch
     kinds = [_kind(dtype) for dtype in dtypes]
     names = " against ".join(dtype_name(dtype) for dtype in dtypes)
     if kinds[0] != kinds[1]:
-        return Measured(exact=False, metrics=_no_metrics(), mismatch=f"kinds of dtype differ: {names}")
+        return Measured(exact=False, metrics=_Sums().metrics(shape), mismatch=f"kinds of dtype differ: {names}")
     warnings: tuple[str, ...] = () if dtypes[0] == dtypes[1] else (f"dtypes differ: {names}",)
-    if kinds[0] == "exact":
-        return _measure_exact(chunks, shape, warnings)
-    rounded_to = coarser(*(_real(dtype) for dtype in dtypes)) if dtypes[0] != dtypes[1] else None
+    exact = kinds[0] == "exact"
+    rounded_to = None if exact or dtypes[0] == dtypes[1] else coarser(*(_real(dtype) for dtype in dtypes))
     stored, rounded = _Sums(), _Sums()
     for chunk in chunks:
         stored.add(chunk)
         if rounded_to is not None:
-            rounded.add(Chunk(chunk.start, chunk.reference.to(rounded_to), chunk.candidate.to(rounded_to)))
+            rounded.add(
+                Chunk(chunk.start, round_to(chunk.reference, rounded_to), round_to(chunk.candidate, rounded_to))
+            )
     metrics = stored.metrics(shape)
     if metrics.nan_reference or metrics.inf_reference:
         count = f"{metrics.nan_reference} NaN and {metrics.inf_reference} Inf"
         warnings += (f"{count} in the reference, left out of the sums",)
+    if exact:
+        metrics = dataclasses.replace(metrics, differing=stored.unequal)
     return Measured(
-        exact=False,
+        exact=exact,
         metrics=metrics,
+        mean_error=stored.error_sum / stored.finite if stored.finite else 0.0,
         coarse=rounded.metrics(shape) if rounded_to is not None else None,
         row_error=stored.row_error(),
         row_norm=stored.row_norm(),
+        channel_error=np.sqrt(stored.channel_square / max(len(stored.row_norm()), 1)),
         width=stored.width,
         worst_flat=stored.worst_flat,
-        first_flat=stored.mismatch_flat,
+        first_flat=stored.first_flat,
         mismatch=stored.mismatch,
         warnings=warnings,
     )
@@ -95,13 +101,14 @@ class _Sums:
     reference_square: float = 0.0
     product: float = 0.0
     reference_sum: float = 0.0
-    candidate_sum: float = 0.0
+    error_sum: float = 0.0
+    unequal: int = 0
     max_abs: float = -1.0
     worst_flat: int = 0
     worst_values: tuple[float, float] = (0.0, 0.0)
     nonfinite: tuple[int, int, int, int] = (0, 0, 0, 0)
     mismatch: str | None = None
-    mismatch_flat: int | None = None
+    first_flat: int | None = None
     errors: list[Floats] = field(default_factory=list)
     norms: list[Floats] = field(default_factory=list)
     cosines: list[Floats] = field(default_factory=list)
@@ -110,56 +117,53 @@ class _Sums:
     def add(self, chunk: Chunk) -> None:
         """Add the rows of one chunk."""
         self.width = chunk.reference.shape[1]
-        self.numel += chunk.reference.numel()
-        self.finite += chunk.reference.numel()
         if chunk.reference.numel() == 0:
             return
         stats = compare_pair(chunk.reference, chunk.candidate)
-        counts = (stats.nan_reference, stats.nan_candidate, stats.inf_reference, stats.inf_candidate)
-        if any(counts):
-            self.nonfinite = tuple(map(sum, zip(self.nonfinite, counts, strict=True)))  # type: ignore[assignment]
-            chunk = self._masked(chunk)
-            stats = compare_pair(chunk.reference, chunk.candidate)
-        self._add_sums(chunk, stats)
+        if self.first_flat is None and (not stats.nonfinite_match or (stats.exact and stats.unequal)):
+            self._locate(chunk, stats.exact)
+        self._add(chunk.start, stats)
 
-    def _masked(self, chunk: Chunk) -> Chunk:
-        """Note where NaN and Inf do not agree, and put 0 on both sides where either is not finite."""
-        reference, candidate = (side.to(torch.float64) for side in (chunk.reference, chunk.candidate))
-        bad = ~(reference.isfinite() & candidate.isfinite())
-        agree = (reference == candidate) | (reference.isnan() & candidate.isnan())
-        wrong = (bad & ~agree).nonzero()
-        if len(wrong) and self.mismatch is None:
-            row, channel = wrong[0].tolist()
+    def _locate(self, chunk: Chunk, exact: bool) -> None:
+        """Note the first difference that no tolerance excuses."""
+        if exact:  # numpy compares signed with unsigned integers exactly
+            wrong = np.flatnonzero(np.not_equal(chunk.reference.numpy(), chunk.candidate.numpy()))
+            row, channel = divmod(int(wrong[0]), self.width)
+        else:
+            reference, candidate = (side.to(torch.float64) for side in (chunk.reference, chunk.candidate))
+            agree = (reference == candidate) | (reference.isnan() & candidate.isnan())
+            bad = ~(agree | (reference.isfinite() & candidate.isfinite()))
+            row, channel = bad.nonzero()[0].tolist()
             values = f"{reference[row, channel].item()} against {candidate[row, channel].item()}"
             at = f"row {chunk.start + row} channel {channel}"
-            self.mismatch_flat = (chunk.start + row) * self.width + channel
             self.mismatch = f"NaN or Inf in different places, first at {at}: {values}"
-        self.finite -= int(bad.sum())
-        return Chunk(chunk.start, reference.masked_fill(bad, 0), candidate.masked_fill(bad, 0))
+        self.first_flat = (chunk.start + row) * self.width + channel
 
-    def _add_sums(self, chunk: Chunk, stats: PairStats) -> None:
-        numel = chunk.reference.numel()
-        norm = np.asarray(stats.row_norm, dtype=np.float64)
-        error = np.where(norm > 0, np.asarray(stats.row_rel_l2) * norm, 0.0)
-        empty = np.flatnonzero(norm == 0)
-        if empty.size:  # the relative error says inf there; the error itself is the candidate's norm
-            error[empty] = chunk.candidate[torch.from_numpy(empty)].double().norm(dim=1).numpy()
-        square, reference_square = float(np.sum(error**2)), float(np.sum(norm**2))
-        self.absolute += stats.mae * numel
-        self.square += square
+    def _add(self, start: int, stats: PairStats) -> None:
+        norm, error = stats.row_norm, stats.row_error
+        reference_square = float(np.sum(norm**2))
+        counts = (stats.nan_reference, stats.nan_candidate, stats.inf_reference, stats.inf_candidate)
+        self.numel += stats.numel
+        self.unequal += stats.unequal
+        self.nonfinite = tuple(map(sum, zip(self.nonfinite, counts, strict=True)))  # type: ignore[assignment]
+        self.square += float(np.sum(error**2))
         self.reference_square += reference_square
         self.product += stats.slope * reference_square if reference_square > 0 else 0.0
-        self.reference_sum += stats.mean_reference * numel
-        self.candidate_sum += stats.mean_candidate * numel
+        # exact where NaN and Inf agree; where they do not the pair fails anyway
+        finite = stats.numel - max(counts[0] + counts[2], counts[1] + counts[3])
+        self.finite += finite
+        self.absolute += stats.mae * finite
+        self.reference_sum += stats.mean_reference * finite
+        self.error_sum += stats.mean_error * finite
         self.errors.append(error)
         self.norms.append(norm)
-        self.cosines.append(np.asarray(stats.row_cosine, dtype=np.float64))
-        channel = np.asarray(stats.channel_rms, dtype=np.float64) ** 2 * chunk.reference.shape[0]
+        self.cosines.append(stats.row_cosine)
+        channel = stats.channel_rms**2 * stats.rows
         self.channel_square = channel if self.channel_square.size == 0 else self.channel_square + channel
         if stats.max_abs > self.max_abs:
             self.max_abs = stats.max_abs
             row, column = stats.max_abs_index
-            self.worst_flat = (chunk.start + row) * self.width + column
+            self.worst_flat = (start + row) * self.width + column
             self.worst_values = (stats.max_abs_reference, stats.max_abs_candidate)
 
     def row_error(self) -> Floats:
@@ -195,7 +199,7 @@ class _Sums:
             if self.reference_square > 0
             else (1.0 if both == 0 else math.inf),
             mean_reference=self.reference_sum / self.finite if self.finite else 0.0,
-            mean_candidate=self.candidate_sum / self.finite if self.finite else 0.0,
+            mean_candidate=(self.reference_sum + self.error_sum) / self.finite if self.finite else 0.0,
             nan_reference=self.nonfinite[0],
             nan_candidate=self.nonfinite[1],
             inf_reference=self.nonfinite[2],
@@ -215,59 +219,6 @@ def coordinates(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
         flat, index = divmod(flat, max(size, 1))
         found.append(index)
     return tuple(reversed(found))
-
-
-def _measure_exact(chunks: Iterable[Chunk], shape: tuple[int, ...], warnings: tuple[str, ...]) -> Measured:
-    numel = rows = differing = first = 0
-    worst, flat, values = -1.0, 0, (0, 0)
-    absolute = square = reference_square = candidate_square = 0.0
-    for chunk in chunks:
-        # numpy compares int64 with uint64 exactly; float64 only ranks the differences
-        reference, candidate = chunk.reference.numpy(), chunk.candidate.numpy()
-        numel += reference.size
-        rows += reference.shape[0]
-        unequal = np.flatnonzero(np.not_equal(reference, candidate))
-        reference_square += float(np.sum(reference.astype(np.float64) ** 2))
-        candidate_square += float(np.sum(candidate.astype(np.float64) ** 2))
-        if unequal.size == 0:
-            continue
-        ours, theirs = reference.reshape(-1)[unequal], candidate.reshape(-1)[unequal]
-        gap = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
-        if not differing:
-            first = chunk.start * reference.shape[1] + int(unequal[0])
-        differing += int(unequal.size)
-        absolute += float(gap.sum())
-        square += float(np.sum(gap**2))
-        place = int(gap.argmax())
-        if gap[place] > worst:
-            worst, flat = float(gap[place]), chunk.start * reference.shape[1] + int(unequal[place])
-            values = (int(ours[place]), int(theirs[place]))
-    width = shape[-1] if shape else 1
-    metrics = _no_metrics(
-        numel=numel,
-        rows=rows,
-        differing=differing,
-        mae=absolute / numel if numel else 0.0,
-        rmse=math.sqrt(square / numel) if numel else 0.0,
-        max_abs=float(abs(values[0] - values[1])),
-        max_abs_index=coordinates(flat, shape),
-        max_abs_reference=values[0],
-        max_abs_candidate=values[1],
-        rel_l2=_ratio(math.sqrt(square), math.sqrt(reference_square)),
-        rel_diff=_ratio(square, reference_square + candidate_square),
-        worst_row=flat // max(width, 1),
-    )
-    return Measured(
-        exact=True, metrics=metrics, width=max(width, 1), worst_flat=flat, first_flat=first, warnings=warnings
-    )
-
-
-def _no_metrics(**known: Any) -> Metrics:
-    """Metrics of which only `known` were measured; cosine and slope have no meaning for integers."""
-    blank: dict[str, Any] = {one.name: 0 for one in fields(Metrics)}
-    blank |= {"max_abs_index": (), "cosine": math.nan, "cosine_min": math.nan, "slope": math.nan}
-    blank |= {"nonfinite_match": True, "differing": None}
-    return Metrics(**{**blank, **known})
 
 
 def _kind(dtype: torch.dtype) -> str:

@@ -22,8 +22,8 @@ class Probe(Protocol):
     def channels(self) -> tuple[Floats, Floats]:
         """Per channel of the last dimension: slope - 1, and mean error over the channel's rms."""
 
-    def channel_rms(self, channel: int) -> float:
-        """The reference's rms in one channel."""
+    def channel_rms(self, most: int | None = None) -> Floats:
+        """The reference's rms by channel, over all rows or over at most `most` evenly spread ones."""
 
     def max_ulp(self) -> int | None:
         """Largest distance in representable steps of the coarser dtype; None when a side is not finite."""
@@ -49,11 +49,13 @@ class Calibrated:
     With nu the row error |a - r| / max(|r|, 0.01 rms row norm) over the expected error e, n rows of d channels:
     passed when median nu <= `median`, the worst row's nu <= `worst` sqrt(2 ln n), the worst element is within
     `element` sqrt(2 ln (n d)) of max(|r|, rms of its row, rms of its channel) e, and nothing is systematic; failed
-    when one is exceeded `fail` times or the error is systematic; inconclusive between.
+    when one is exceeded `fail` times or the error is systematic; inconclusive between. Where few channels hold the norm
+    (massive activations), every channel's error over its own rms is held to `worst` sqrt(2 ln d) e as well.
 
-    Systematic: |slope - 1| or |mean error| / rms(r) above `systematic` nu e / sqrt(min(n, d, 1024)), and shared by the
-    channels: their median deviates from 0 by more than `shared` of its standard errors. Errors of one row, and errors
-    of one rounded weight or massive channel over all rows, are common to many elements; they are no bias.
+    Systematic: |slope - 1| or |mean error| / rms(r) above e and above `systematic` nu e / sqrt(min(n, d, 1024)), and
+    shared by the channels: the median of what their centred columns show deviates from 0 by more than `shared` of its
+    standard errors. An error of one row, of one rounded weight or of a massive channel is common to many elements; it
+    is no bias.
     """
 
     median: float = 4.0
@@ -202,7 +204,11 @@ def calibrate(limits: Calibrated, measured: Measured, expected: Expected, probe:
         element_limit=limits.element * math.sqrt(2 * math.log(max(metrics.numel, 2))),
         slope_deviation=abs(metrics.slope - 1),
         mean_deviation=_mean_deviation(measured),
-        systematic_limit=limits.systematic * float(np.median(moved)) / math.sqrt(min(rows, measured.width, 1024)),
+        channel=_channel_ratio(measured, e, probe),
+        channel_limit=limits.worst * math.sqrt(2 * math.log(max(measured.width, 2))),
+        systematic_limit=max(
+            limits.systematic * float(np.median(moved)) / math.sqrt(min(rows, measured.width, 1024)), e
+        ),
         probe=probe,
     )
     reasons = _reasons(found)
@@ -231,6 +237,8 @@ def lookup(measured: Measured, expected: Expected, probe: Probe, layer: int | No
     return value
 
 
+_SAMPLE_ROWS = 64
+_CONCENTRATED = 0.125  # participation ratio of the channels' energies below which few channels hold the norm
 _QUANTILES = ("p50", "p90", "p99", "p999")
 _RENAMED = {"worst_row": "worst_row_error", "worst_channel": "worst_channel_rms"}
 
@@ -292,25 +300,44 @@ def _element_ratio(limits: Calibrated, measured: Measured, e: float, probe: Prob
     if e == 0:
         return math.inf if metrics.max_abs > 0 else 0.0
     if scale == 0 or metrics.max_abs / (e * scale) > limit:
-        scale = max(scale, probe.channel_rms(channel))
+        scale = max(scale, float(probe.channel_rms()[channel]))
     return math.inf if scale == 0 else metrics.max_abs / (e * scale)
+
+
+def _channel_ratio(measured: Measured, e: float, probe: Probe) -> float:
+    """Worst channel's error over e times its own rms, where few channels hold the norm; 0 elsewhere.
+
+    A massive channel sets the norm of every row and hides all others behind it. Elsewhere rows say it better: a channel
+    that happens to be small has the error of its row.
+    """
+    if measured.channel_error.size < 8 or not measured.channel_error.any():
+        return 0.0
+    energy = probe.channel_rms(_SAMPLE_ROWS) ** 2
+    total = float(energy.sum())
+    if total == 0 or total**2 >= _CONCENTRATED * energy.size * float(np.sum(energy**2)):
+        return 0.0
+    rms = probe.channel_rms()
+    scale = np.maximum(rms, 0.1 * float(np.median(rms)))
+    moved = measured.channel_error > 0
+    with np.errstate(divide="ignore"):
+        return float(np.max(measured.channel_error[moved] / (e * scale[moved])))
 
 
 def _mean_deviation(measured: Measured) -> float:
     metrics = measured.metrics
     rms = math.sqrt(float(np.sum(measured.row_norm**2)) / max(metrics.numel, 1))
-    difference = abs(metrics.mean_candidate - metrics.mean_reference)
+    difference = abs(measured.mean_error)
     return difference / rms if rms > 0 else (math.inf if difference > 0 else 0.0)
 
 
-def _shared(deviations: Floats) -> float:
-    """Median of per-channel deviations over its standard error (from the median absolute deviation)."""
+def _shared(deviations: Floats, least: float) -> float:
+    """Median of per-channel deviations over its standard error (from the median absolute deviation); 0 below `least`."""
     finite = deviations[np.isfinite(deviations)]
-    if finite.size < 8:
+    if finite.size < 8 or abs(float(np.median(finite))) <= least:
         return 0.0
     middle = float(np.median(finite))
     error = 1.2533 * 1.4826 * float(np.median(np.abs(finite - middle))) / math.sqrt(finite.size)
-    return abs(middle) / error if error > 0 else (math.inf if middle != 0 else 0.0)
+    return abs(middle) / error if error > 0 else math.inf
 
 
 def _calibration(
@@ -322,6 +349,8 @@ def _calibration(
     worst_limit: float | None = None,
     element: float = 0.0,
     element_limit: float | None = None,
+    channel: float = 0.0,
+    channel_limit: float | None = None,
     slope_deviation: float = 0.0,
     mean_deviation: float = 0.0,
     systematic_limit: float = 0.0,
@@ -329,11 +358,12 @@ def _calibration(
 ) -> Calibration:
     worst_limit = limits.worst if worst_limit is None else worst_limit
     element_limit = limits.element if element_limit is None else element_limit
+    channel_limit = limits.worst if channel_limit is None else channel_limit
     systematic = False
     if probe is not None and max(slope_deviation, mean_deviation) > systematic_limit:
         slopes, means = probe.channels()
-        systematic = (slope_deviation > systematic_limit and _shared(slopes) > limits.shared) or (
-            mean_deviation > systematic_limit and _shared(means) > limits.shared
+        systematic = (slope_deviation > systematic_limit and _shared(slopes, systematic_limit) > limits.shared) or (
+            mean_deviation > systematic_limit and _shared(means, 0.0) > limits.shared
         )
     return Calibration(
         expected=expected.error,
@@ -350,8 +380,10 @@ def _calibration(
         mean_limit=systematic_limit,
         element=element,
         element_limit=element_limit,
+        channel=channel,
+        channel_limit=channel_limit,
         systematic=systematic,
-        excess=max(median / limits.median, worst / worst_limit, element / element_limit),
+        excess=max(median / limits.median, worst / worst_limit, element / element_limit, channel / channel_limit),
     )
 
 
@@ -361,6 +393,7 @@ def _reasons(found: Calibration) -> tuple[str, ...]:
         ("median row error", found.median, found.median_limit),
         ("worst row error", found.worst, found.worst_limit),
         ("worst element", found.element, found.element_limit),
+        ("worst channel error", found.channel, found.channel_limit),
     ):
         if value > limit:
             reasons.append(f"{name} {value:.3g} times the expected {found.dtype} rounding (limit {limit:.3g})")

@@ -126,6 +126,9 @@ class Calibration:
     element: float
     """Worst element: |a - r| / (e max(|r|, rms of its row, rms of its channel))."""
     element_limit: float
+    channel: float
+    """Worst channel: its rms error over e times its own rms; 0 where no few channels hold the norm."""
+    channel_limit: float
     systematic: bool
     excess: float
     """The largest ratio over its limit: at most 1 passes, above 2 fails. By this factor e would have to grow."""
