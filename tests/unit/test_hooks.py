@@ -122,14 +122,11 @@ def test_a_module_without_a_tensor_is_an_error_that_names_the_site() -> None:
 
 def test_llama4_router_is_left_alone_by_a_write_at_mlp_out() -> None:
     model, model_map = built("llama4")
-    outputs: list[Any] = []
-    remover = model.model.layers[1].register_forward_hook(lambda module, args, output: outputs.append(output))
     results: list[Any] = []
     with hooks.attach(model, [(model_map.handle("layers.1.mlp_out"), lambda x: x + VECTOR)]):
         handle = model.model.layers[1].feed_forward.register_forward_hook(lambda m, a, out: results.append(out))
         run(model)
         handle.remove()
-    remover.remove()
     plain: list[Any] = []
     handle = model.model.layers[1].feed_forward.register_forward_hook(lambda m, a, out: plain.append(out))
     run(model)
@@ -213,7 +210,6 @@ def test_hidden_states_of_transformers_do_not_disturb_own_hooks() -> None:
     ]
     with hooks.attach(model, pairs), torch.no_grad():
         reported = model(input_ids=ids, output_hidden_states=True).hidden_states[1]
-    assert torch.equal(seen[0] - VECTOR, seen[0] - VECTOR)
     assert (seen[0] - reported - VECTOR).abs().max() < 1e-5, "the tuple shows the unsteered tensor"
 
 

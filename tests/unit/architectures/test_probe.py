@@ -87,7 +87,7 @@ def logits_with(
 
 @pytest.mark.parametrize("family", UNEXPLAINED)
 def test_blocks_without_two_contributions_offer_only_their_ends(family: str, tools: SimpleNamespace) -> None:
-    """Gemma 4 scales the stream after three additions, Mamba has one mixer, BLOOM's modules add the stream themselves."""
+    """Gemma 4 scales the stream after three additions, Mamba has one mixer, BLOOM's modules add the stream."""
     found = tools.built(family, torch.float32)[1]
     assert found.points(0) == found.points(1) == ("resid_pre", "resid_post")
     with pytest.raises(
@@ -132,7 +132,7 @@ def test_a_failing_model_is_refused_and_left_without_hooks(monkeypatch: pytest.M
         raise RuntimeError("no kernel for this device")
 
     monkeypatch.setattr(model.transformer.h[1].mlp, "forward", broken)
-    with pytest.raises(BackendError, match="could not be probed.*RuntimeError: no kernel for this device"):
+    with pytest.raises(BackendError, match=r"could not be probed.*RuntimeError: no kernel for this device"):
         architectures.probe(model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -205,7 +205,7 @@ def test_several_streams_are_refused() -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     model = _Homemade()
     model.blocks = nn.Sequential(*model.blocks)  # type: ignore[assignment]
-    with pytest.raises(BackendError, match="'homemade'.* no list of decoder blocks"):
+    with pytest.raises(BackendError, match=r"'homemade'.* no list of decoder blocks"):
         architectures.probe(model)
 
 
