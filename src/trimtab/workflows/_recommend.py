@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from trimtab.results import ConfigRow, DriftCell, Recommendation
-from trimtab.stats import paired_bootstrap
+from trimtab.stats import Interval, paired_bootstrap
 from trimtab.workflows.config import SweepConfig
 
 METRIC = "teacher-forced rel_l2 at the last layer, mean over the steps of a prompt"
@@ -13,14 +13,28 @@ MIN_PAIRS = 3
 
 
 def recommend(
-    configs: Sequence[SweepConfig], rows: Sequence[ConfigRow], drift: Sequence[DriftCell], seed: int
+    configs: Sequence[SweepConfig],
+    rows: Sequence[ConfigRow],
+    drift: Sequence[DriftCell],
+    *,
+    reference: str,
+    op: str = "op",
+    seed: int = 0,
 ) -> Recommendation | None:
     """Compare the two configurations that differ in the ops' arithmetic alone.
 
     The unit of the paired bootstrap is the prompt: rows of one prompt are not independent.
 
+    Args:
+        configs: configurations that were run.
+        rows: their summaries.
+        drift: their teacher-forced drift.
+        reference: label of the reference.
+        op: what the steering does, in a word: "cap".
+        seed: seed of the bootstrap.
+
     Returns:
-        None when no such pair was run.
+        None when no such pair was run, or over fewer than three prompts.
     """
     pair = _pair(configs)
     if pair is None:
@@ -31,19 +45,11 @@ def recommend(
     if len(prompts) < MIN_PAIRS:
         return None
     before, after = ([mean[prompt] for prompt in prompts] for mean in means)
-    interval = paired_bootstrap(before, after, seed=seed)
-    base = sum(before) / len(before)
-    measurable = interval.low > 0 or interval.high < 0
-    tokens = {row.label: row for row in rows}
-    sentence = _sentence(
-        baseline, alternative, interval.estimate / base if base else 0.0, interval.low, interval.high, base
-    )
+    interval = paired_bootstrap(after, before, seed=seed)
+    tokens = next(row for row in rows if row.label == baseline.label)
     return Recommendation(
-        sentence=f"{sentence} {_agreement(tokens[baseline.label], tokens[alternative.label])}",
-        question=(
-            f"Does doing only the op's arithmetic in {alternative.op_math} bring the {baseline.dtype} model nearer "
-            "to the reference?"
-        ),
+        sentence=_sentence(baseline, alternative, tokens, interval, reference, op),
+        question=f"Would doing only the {op}'s arithmetic in {alternative.op_math} have helped?",
         metric=METRIC,
         baseline=baseline.label,
         alternative=alternative.label,
@@ -52,7 +58,7 @@ def recommend(
         high=interval.high,
         confidence=0.95,
         num_pairs=len(prompts),
-        measurable=measurable,
+        measurable=interval.low > 0 or interval.high < 0,
     )
 
 
@@ -75,25 +81,14 @@ def _prompt_means(drift: Sequence[DriftCell], label: str) -> dict[int, float]:
 
 
 def _sentence(
-    baseline: SweepConfig, alternative: SweepConfig, share: float, low: float, high: float, base: float
+    baseline: SweepConfig, alternative: SweepConfig, tokens: ConfigRow, interval: Interval, reference: str, op: str
 ) -> str:
-    evidence = (
-        f"it changes the last layer's drift by {share:+.1%} (95% interval {low / base:+.1%} to {high / base:+.1%})"
-        if base
-        else "there is no drift to change"
-    )
-    if low <= 0 <= high:
-        return (
-            f"Stay with {baseline.label}: no measurable difference from doing only the op's arithmetic in "
-            f"{alternative.op_math}; {evidence}."
-        )
-    if high < 0:
-        return f"Do the op's arithmetic in {alternative.op_math} ({alternative.label}): {evidence}."
-    return f"Stay with {baseline.label}: the op's arithmetic in {alternative.op_math} makes it worse; {evidence}."
-
-
-def _agreement(baseline: ConfigRow, alternative: ConfigRow) -> str:
-    return (
-        f"Tokens equal to the reference's: {baseline.match_ratio:.1%} with {baseline.label}, "
-        f"{alternative.match_ratio:.1%} with {alternative.label}."
-    )
+    same = tokens.identical_prompts == tokens.num_prompts
+    tokens_part = f"{baseline.label} {'generates' if same else 'does not generate'} the same tokens as {reference} here"
+    doing = f"doing only the {op}'s arithmetic in {alternative.op_math}"
+    if interval.low <= 0 <= interval.high:
+        advice = "use it as it is" if same else f"run {reference} where tokens must be equal"
+        return f"{tokens_part}, and {doing} makes no measurable difference: {advice}."
+    if interval.high < 0:
+        return f"{tokens_part}, and {doing} brings it measurably nearer: use {alternative.label}."
+    return f"{tokens_part}, and {doing} takes it measurably further away: stay with {baseline.label}."

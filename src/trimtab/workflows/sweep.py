@@ -218,9 +218,9 @@ def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | No
 def _open(
     model: str, config: SweepConfig, device: str | None, batch_size: int, engine: Mapping[str, Any] | None
 ) -> Backend:
-    return open_backend(
-        config.backend, model, dtype=config.dtype, device=device, batch_size=batch_size, engine=dict(engine or {})
-    )
+    options = {"device": device, "engine": dict(engine) if engine else None}
+    given = {key: value for key, value in options.items() if value is not None}
+    return open_backend(config.backend, model, dtype=config.dtype, batch_size=batch_size, **given)
 
 
 def _reference_first(plan: SweepPlan) -> list[SweepConfig]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from trimtab.results import ConfigRow, DriftCell
+from trimtab.results import ConfigRow, DriftCell, Recommendation
 from trimtab.workflows._recommend import recommend
 from trimtab.workflows.config import SweepConfig
 
@@ -55,22 +55,22 @@ def cells(label: str, shift: float, noise: float, prompts: int = 8) -> list[Drif
     ]
 
 
-def advice(shift: float, noise: float, prompts: int = 8) -> object:
+def advice(shift: float, noise: float, prompts: int = 8) -> Recommendation | None:
     drift = cells("bf16", 0.0, noise, prompts) + cells("bf16_cap_fp32", shift, noise, prompts)
-    return recommend(CONFIGS, [row("bf16"), row("bf16_cap_fp32")], drift, seed=0)
+    return recommend(CONFIGS, [row("bf16"), row("bf16_cap_fp32")], drift, reference="float32", op="cap")
 
 
 def test_a_clear_gain_is_recommended() -> None:
     found = advice(-5e-3, 1e-4)
     assert found is not None and found.measurable and found.high < 0
     assert abs(found.estimate + 5e-3) < 2e-4
-    assert found.sentence.startswith("Do the op's arithmetic in float32")
+    assert "the cap's arithmetic in float32 brings it measurably nearer: use bf16_cap_fp32" in found.sentence
 
 
 def test_a_loss_is_not() -> None:
     found = advice(5e-3, 1e-4)
     assert found is not None and found.measurable and found.low > 0
-    assert "makes it worse" in found.sentence
+    assert "takes it measurably further away: stay with bf16" in found.sentence
 
 
 def test_an_interval_that_holds_zero_is_no_measurable_difference() -> None:
@@ -81,4 +81,4 @@ def test_an_interval_that_holds_zero_is_no_measurable_difference() -> None:
 
 def test_too_few_prompts_or_no_pair_give_no_advice() -> None:
     assert advice(-5e-3, 1e-4, prompts=2) is None
-    assert recommend([CONFIGS[0], CONFIGS[2]], [row("bf16")], cells("bf16", 0.0, 0.0), seed=0) is None
+    assert recommend([CONFIGS[0], CONFIGS[2]], [row("bf16")], cells("bf16", 0.0, 0.0), reference="float32") is None
