@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-from torch import nn
-
 from trimtab.architectures._check import check_model
+from trimtab.architectures._describe import describe
 from trimtab.architectures._family import BlockPaths, Disk, Family, Numerics, Rope, Sizes, Vllm
 from trimtab.architectures._handle import Columns, Handle
 from trimtab.architectures._map import ModelMap
 from trimtab.architectures._probe import probe
-from trimtab.architectures._registry import FAMILIES, by_table, text_config
+from trimtab.architectures._registry import FAMILIES
 
 __all__ = [
     "FAMILIES",
@@ -30,20 +29,3 @@ __all__ = [
     "describe",
     "probe",
 ]
-
-
-def describe(model: nn.Module, *, allow_fallback: bool = False) -> ModelMap:
-    """Find the sites of a causal language model.
-
-    Args:
-        model: a transformers model; wrappers around a text tower are looked into.
-        allow_fallback: a model of no known family may also be steered. It can be read in any case, by structure.
-
-    Returns:
-        The map. `fallback` says whether the sites were found by structure.
-
-    Raises:
-        BackendError: not a transformers model, or no chain of decoder blocks was found.
-    """
-    family = FAMILIES.get(text_config(model).model_type)
-    return probe(model, allow_fallback=allow_fallback) if family is None else by_table(model, family)
