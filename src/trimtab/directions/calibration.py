@@ -124,4 +124,4 @@ def _parts(rows: Any, site: Site | None, edit: str | None) -> Iterable[Tensor]:
         if site is None:
             raise InputError("calibrating on a trace needs a site; give site=, or a vector that knows its own")
         return (rows.rows(site=site, edit=edit, **key._asdict()).values for key in rows.requests())
-    return (getattr(part, "values", part) for part in rows)
+    return (part if isinstance(part, Tensor) else part.values for part in rows)
