@@ -1,6 +1,6 @@
 """The compiled passes. Import this module only through `_layout.kernels()`: it loads numba.
 
-Every kernel takes raw addresses and a storage code, decodes a block of at most `BLOCK` elements into float64 scratch
+Every kernel takes raw addresses and a storage code, decodes a block of elements into float64 scratch
 that stays in the L1 cache, and reduces the scratch. So one compiled specialisation serves every pair of dtypes, no
 widened copy of a tensor ever exists, and calling costs about two microseconds. All kernels release the GIL; threads
 are the caller's (numba's own threading layer forbids concurrent calls or forks, depending on the layer).
@@ -14,12 +14,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped, unused-ignore]
 from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 BLOCK = 1024
+"""Elements that `moments` reduces at once."""
+PAIR_BLOCK = 256
+"""Elements of a row that `pair` reduces at once; small, so that arithmetic overlaps with loads from memory."""
+_AHEAD = 4 * PAIR_BLOCK
+_SEGMENT = 8192
+_LINE = 64
 INF_BITS = 0x7FF0000000000000
 F64, F32, BF16, F16, TABLE, I8, U8, I16, U16, I32, U32, I64, U64, C64, C128 = range(15)
 FAST = {"reassoc", "contract", "nsz"}
@@ -71,6 +77,21 @@ def _double_of(typingctx: Any, bits: Any) -> Any:
         return builder.bitcast(args[0], ir.DoubleType())
 
     return types.float64(types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
+def _prefetch(typingctx: Any, address: Any) -> Any:
+    """Ask for the cache line at an address; one beyond the end of a tensor is ignored by the processor."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        pointer = builder.inttoptr(args[0], cgutils.voidptr_t)
+        integer = ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, integer, integer, integer])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [pointer, integer(0), integer(3), integer(1)])  # read, keep in all levels, data
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
 
 
 @_jit
@@ -227,10 +248,19 @@ def moments(address: Any, code: Any, itemsize: Any, numel: Any, table: Any) -> A
 
 
 @_jit
+def _load(address: Any, code: Any, n: Any, out: Any, table: Any, scale: Any) -> None:
+    """Decode, and multiply by a power of two."""
+    _decode(address, code, n, out, table)
+    if scale != 1.0:
+        for i in range(n):
+            out[i] *= scale
+
+
+@_jit
 def _masked(r: Any, c: Any, n: Any, counts: Any) -> None:
     """Zero the pairs that are not finite on both sides, after counting them.
 
-    `counts` = reference NaN, reference Inf, candidate NaN, candidate Inf, positions where the kinds differ.
+    `counts` = reference NaN, reference Inf, candidate NaN, candidate Inf, kinds that differ, pairs zeroed.
     """
     for i in range(n):
         x, y = r[i], c[i]
@@ -251,8 +281,8 @@ def _masked(r: Any, c: Any, n: Any, counts: Any) -> None:
 
 
 @_jit
-def _sums(r: Any, c: Any, channel: Any, n: Any) -> Any:
-    """Reduce one decoded block: dd, rr, cc, rc, |d|, r, d, bits of max |d|, unequal; add d^2 to the channels."""
+def _sums(r: Any, c: Any, n: Any) -> Any:
+    """Reduce one decoded block: dd, rr, cc, rc, |d|, r, d, bits of max |d|, unequal; leave d^2 in `r`."""
     dd = rr = cc = rc = absolute = total = error = 0.0
     top = np.int64(0)
     unequal = np.int64(0)
@@ -261,7 +291,8 @@ def _sums(r: Any, c: Any, channel: Any, n: Any) -> Any:
         y = c[i]
         d = y - x
         a = abs(d)
-        dd += d * d
+        square = d * d
+        dd += square
         rr += x * x
         cc += y * y
         rc += x * y
@@ -270,7 +301,7 @@ def _sums(r: Any, c: Any, channel: Any, n: Any) -> Any:
         error += d
         unequal += np.int64(d != 0.0)
         top = max(top, _bits_of(a))
-        channel[i] += d * d
+        r[i] = square
     return dd, rr, cc, rc, absolute, total, error, top, unequal
 
 
@@ -298,46 +329,41 @@ def pair(
     """Reduce a rectangle of two tensors in one pass.
 
     Addresses and row strides are in bytes; elements of a row are adjacent. Outputs are added to: `rows` [num_rows, 4]
-    (dd, rr, cc, rc), `channels` [num_columns or BLOCK] (sum of d^2; scratch when it is BLOCK long and the rectangle
-    is wider), `sums` [3] (|d|, r, d), `counts` [7] (see `_masked`; [6] unequal), `where` [3] = bits of the largest
-    |d| (-1: none yet), its row, and the first column of its block.
+    (dd, rr, cc, rc), `channels` [num_columns] (sum of d^2; empty when not wanted), `sums` [3] (|d|, r, d), `counts`
+    [7] (six of `_masked`, then unequal), `where` [3] = bits of the largest |d| (-1: none yet), its row, and the first
+    column of its block.
     """
-    r = np.empty(BLOCK, np.float64)
-    c = np.empty(BLOCK, np.float64)
-    scratch = np.zeros(BLOCK, np.float64)
+    r = np.empty(PAIR_BLOCK, np.float64)
+    c = np.empty(PAIR_BLOCK, np.float64)
+    scratch = np.zeros(PAIR_BLOCK, np.float64)
     keep_channels = channels.size == num_columns
-    for start in range(0, num_columns, BLOCK):
-        n = min(BLOCK, num_columns - start)
-        channel = channels[start : start + n] if keep_channels else scratch
+    for segment in range(0, num_columns, _SEGMENT):  # its channels stay in the L2 cache
         for row in range(num_rows):
-            address = reference + row * reference_stride + start * reference_item
-            _decode(address, reference_code, n, r, reference_table)
-            address = candidate + row * candidate_stride + start * candidate_item
-            _decode(address, candidate_code, n, c, candidate_table)
-            if scale != 1.0:
+            for start in range(segment, min(segment + _SEGMENT, num_columns), PAIR_BLOCK):
+                n = min(PAIR_BLOCK, num_columns - start)
+                channel = channels[start : start + n] if keep_channels else scratch
+                left = reference + row * reference_stride + start * reference_item
+                right = candidate + row * candidate_stride + start * candidate_item
+                for line in range(0, n * reference_item, _LINE):
+                    _prefetch(left + _AHEAD * reference_item + line)
+                for line in range(0, n * candidate_item, _LINE):
+                    _prefetch(right + _AHEAD * candidate_item + line)
+                _load(left, reference_code, n, r, reference_table, scale)
+                _load(right, candidate_code, n, c, candidate_table, scale)
+                dd, rr, cc, rc, absolute, total, error, top, unequal = _sums(r, c, n)
+                if top >= INF_BITS:  # NaN or Inf on either side, or (float64 only) a difference that overflowed
+                    _load(left, reference_code, n, r, reference_table, scale)
+                    _masked(r, c, n, counts)
+                    dd, rr, cc, rc, absolute, total, error, top, unequal = _sums(r, c, n)
                 for i in range(n):
-                    r[i] *= scale
-                    c[i] *= scale
-            if not _all_finite(r, c, n):
-                _masked(r, c, n, counts)
-            dd, rr, cc, rc, absolute, total, error, top, unequal = _sums(r, c, channel, n)
-            rows[row, 0] += dd
-            rows[row, 1] += rr
-            rows[row, 2] += cc
-            rows[row, 3] += rc
-            sums[0] += absolute
-            sums[1] += total
-            sums[2] += error
-            counts[6] += unequal
-            if top > where[0] or (top == where[0] and row < where[1]):
-                where[0], where[1], where[2] = top, row, start
-
-
-@_jit
-def _all_finite(r: Any, c: Any, n: Any) -> Any:
-    """Tell whether no element of either side is NaN or Inf."""
-    top = np.int64(0)
-    for i in range(n):
-        top = max(top, _bits_of(r[i]) & np.int64(0x7FFFFFFFFFFFFFFF))
-        top = max(top, _bits_of(c[i]) & np.int64(0x7FFFFFFFFFFFFFFF))
-    return top < INF_BITS
+                    channel[i] += r[i]
+                rows[row, 0] += dd
+                rows[row, 1] += rr
+                rows[row, 2] += cc
+                rows[row, 3] += rc
+                sums[0] += absolute
+                sums[1] += total
+                sums[2] += error
+                counts[6] += unequal
+                if top > where[0] or (top == where[0] and row < where[1]):
+                    where[0], where[1], where[2] = top, row, start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any, Final, NamedTuple
 
 import numpy as np
@@ -140,4 +141,4 @@ def _viewable(tensor: Tensor) -> bool:
     """Tell whether the leading dimensions merge into one without a copy."""
     sizes, strides = tensor.shape[:-1], tensor.stride()[:-1]
     dims = [(size, stride) for size, stride in zip(sizes, strides, strict=True) if size != 1]
-    return all(outer[1] == inner[0] * inner[1] for outer, inner in zip(dims, dims[1:], strict=False))
+    return all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(dims))

@@ -176,8 +176,10 @@ def largest(
         return (), 0.0, 0.0, 0.0
     _, row, low, high = total.best if total.best[0] > 0 else (0.0, 0, 0, 1)
     leading = tuple(int(i) for i in np.unravel_index(row, left.shape[:-1])) if left.dim() > 1 else ()
-    segment = (*leading, slice(low, high)) if left.dim() else ()
-    reference, candidate = left[segment].reshape(-1), right[segment].reshape(-1).to(left.device)
+    reference, candidate = left[leading], right[leading].to(left.device)
+    if left.dim():
+        reference, candidate = reference[low:high], candidate[low:high]
+    reference, candidate = reference.reshape(-1), candidate.reshape(-1)
     if left.device.type not in ("cpu", "cuda"):
         reference, candidate = reference.cpu(), candidate.cpu()
     if common is not None:

@@ -221,7 +221,7 @@ class _Job:
         self.column, self.num_columns = (0, reference.shape[1]) if by_rows else (low, high - low)
         keep_channels = total.channels.size > 0
         self.rows = np.zeros((self.num_rows, 4))
-        self.channels = np.zeros(self.num_columns if keep_channels else kernels().BLOCK)
+        self.channels = np.zeros(self.num_columns if keep_channels else 0)
         self.sums, self.counts = np.zeros(3), np.zeros(7, np.int64)
         self.where = np.array([-1, 0, 0], np.int64)
 
@@ -250,7 +250,7 @@ class _Job:
         if self.where[0] >= 0:
             value = float(self.where[:1].view(np.float64)[0])
             low = column + int(self.where[2])
-            total.offer_max(value, row + int(self.where[1]), low, low + kernels().BLOCK)
+            total.offer_max(value, row + int(self.where[1]), low, low + kernels().PAIR_BLOCK)
 
 
 def _rescue_scale(left: Tensor, right: Tensor) -> float:

@@ -31,7 +31,7 @@ def _ranks(probabilities: Sequence[float], count: int) -> Integers:
     if q.size and not (np.all(q >= 0) and np.all(q <= 1)):
         raise InputError(f"got probabilities {list(probabilities)}; expected numbers in [0, 1]")
     ranks = np.maximum(np.ceil(q * count), 1).astype(np.int64) - 1
-    return np.minimum(ranks, max(count - 1, 0))
+    return np.asarray(np.minimum(ranks, max(count - 1, 0)), dtype=np.int64)
 
 
 def quantiles(tensor: Tensor, probabilities: Sequence[float]) -> Floats:
