@@ -78,8 +78,8 @@ _EXACT: dict[str, frozenset[type]] = {
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
 
-def make_row(name: str, fields: RecordFields, record_id: int, order: int, rank: int) -> dict[str, Any]:
-    """Return the identity columns of a record in the format's order; `dtype` and `shape` are still None.
+def make_row(name: str, fields: RecordFields, rank: int) -> dict[str, Any]:
+    """Return the identity columns of a record in the format's order; what only the writer knows is still None.
 
     Raises:
         InputError: a field that is no column, or a value of the wrong type.
@@ -95,7 +95,7 @@ def make_row(name: str, fields: RecordFields, record_id: int, order: int, rank: 
     if row["edit"] not in EDITS or row["kind"] not in KINDS:
         field, choices = ("edit", EDITS) if row["edit"] not in EDITS else ("kind", KINDS)
         raise InputError(f"{field}={row[field]!r}: choose one of {', '.join(choices)}")
-    row["record_id"], row["order"], row["name"] = record_id, order, name
+    row["name"] = name
     if "rank" not in fields:
         row["rank"] = rank
     return row

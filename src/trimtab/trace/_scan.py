@@ -103,20 +103,21 @@ def _scan_rank(store: Store, rank: int, holder: str | None, scan: Scan) -> None:
         report("interrupted", "", f"the run ended early: {closed['interrupted']}")
 
     used: set[str] = set()
-    good: set[int] = set()
+    known: set[int] = set()
     for table in ("records", "tokens", "dose"):
         for name in _parts(names[table]):
             path = f"{folder}/{table}/{name}"
             footer = _read_footer(store, path)
+            if table == "records":
+                known.add(_number(name))
             if footer is None:
                 report("corrupt part", path, "truncated or corrupt; run trace repair, which rebuilds it if it can")
                 continue
             scan.parts[table].append(path)
             scan.footers[path] = footer
             if table == "records":
-                good.add(_number(name))
                 used.update(_check_shard(store, footer, report))
-    _check_unused(folder, names["tensors"], used, good, holder, report)
+    _check_unused(folder, names["tensors"], used, known, holder, report)
     if holder is None:
         for table in FOLDERS:
             for name in names[table]:
@@ -152,15 +153,16 @@ def _check_shard(store: Store, footer: dict[str, Any], report: Any) -> Iterator[
 
 
 def _check_unused(
-    folder: str, names: list[str], used: set[str], good: set[int], holder: str | None, report: Any
+    folder: str, names: list[str], used: set[str], known: set[int], holder: str | None, report: Any
 ) -> None:
+    replaced = {_file_number(name) for name in used}
     for name in _parts(names):
         path = f"{folder}/tensors/{name}"
         if path in used or holder is not None:
             continue
-        if _number(name) in good:
+        if _number(name) in replaced:
             report("leftover", path, "a shard that was replaced; trace repair deletes it")
-        else:
+        elif _number(name) not in known:  # the shard of a corrupt part was reported with it
             report("uncommitted", path, "a shard without its part; trace repair rebuilds the part")
 
 
@@ -189,7 +191,13 @@ def _read_closed(store: Store, name: str) -> dict[str, Any] | None:
 
 def _read_footer(store: Store, name: str) -> dict[str, Any] | None:
     try:
-        notes = pl.read_parquet_metadata(source(store, name))["trimtab"]
-        return dict(json.loads(notes))
+        footer = dict(json.loads(pl.read_parquet_metadata(source(store, name))["trimtab"]))
     except (pl.exceptions.PolarsError, OSError, KeyError, ValueError, TypeError):
         return None
+    shard = footer.get("shard")
+    foreign = shard is not None and _file_number(shard) != _file_number(name)
+    return None if foreign else footer
+
+
+def _file_number(path: str) -> int | None:
+    return part_number(path.rpartition("/")[2])

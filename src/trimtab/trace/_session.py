@@ -24,6 +24,7 @@ from trimtab.trace._format import (
     read_manifest,
 )
 from trimtab.trace._scan import last_numbers
+from trimtab.trace._shard import data_bytes
 from trimtab.trace._store import Lock, Store
 from trimtab.trace.repair import repair_rank
 
@@ -85,7 +86,7 @@ def open_session(
         repair_rank(store, rank)
         store.delete(f"{folder}/{CLOSED}")
         number, last = last_numbers(store, rank)
-        stored = sum(store.size(f"{folder}/tensors/{name}") or 0 for name in store.names(f"{folder}/tensors"))
+        stored = sum(data_bytes(store, f"{folder}/tensors/{name}") for name in store.names(f"{folder}/tensors"))
         return Session(lock=lock, number=number + 1, order=last - rank * RECORD_ID_BASE + 1, stored=stored)
     except BaseException:
         lock.release()
@@ -109,9 +110,9 @@ def _claim(
 ) -> None:
     """Write the manifest, or check that the one found describes the same run."""
     if store.size(MANIFEST) is None:
+        made = make_manifest(kind, level, plan, provenance.collect() if origin is None else origin)
         _refuse_foreign(store)
         store.make(".")
-        made = make_manifest(kind, level, plan, provenance.collect() if origin is None else origin)
         if store.put_new(MANIFEST, json.dumps(made, indent=1, ensure_ascii=False).encode()):
             return
     found = read_manifest(store)

@@ -127,6 +127,12 @@ class ShardHeader:
             raise TraceCorruptError(f"{self.name}: its identity columns cannot be read ({error})") from error
 
 
+def data_bytes(store: Store, name: str) -> int:
+    """Return the bytes of tensors in a shard."""
+    size = store.size(name) or 0
+    return max(0, size - 8 - int.from_bytes(store.read(name, 0, 8), "little")) if size >= 8 else 0
+
+
 def _encode_identity(keys: Sequence[str | None], columns: Mapping[str, Sequence[Any]]) -> str:
     packed: dict[str, Any] = {}
     for name in (*IDENTITY, *MEASURED):

@@ -121,9 +121,13 @@ def contiguous(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def buffer(tensor: torch.Tensor) -> Any:
-    """Return the bytes of a contiguous CPU tensor without a copy; valid while the tensor lives."""
+    """Return the bytes of a contiguous CPU tensor without a copy; keeps the tensor alive."""
     size = tensor.nbytes
-    return _array(size).from_address(tensor.data_ptr()) if size else b""
+    if not size:
+        return b""
+    view = _array(size).from_address(tensor.data_ptr())
+    view.owner = tensor  # type: ignore[attr-defined]
+    return view
 
 
 @functools.lru_cache(maxsize=512)
@@ -150,7 +154,7 @@ def from_bytes(data: mmap.mmap | bytearray, start: int, dtype: torch.dtype, shap
     for size in shape:
         count *= size
     if count == 0:
-        return torch.empty(tuple(shape), dtype=dtype)
+        return torch.empty(0, dtype=torch.uint8).view(dtype).reshape(tuple(shape))
     return torch.frombuffer(data, dtype=dtype, count=count, offset=start).reshape(tuple(shape))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Self
 
 import numpy as np
@@ -118,13 +118,13 @@ class Trace:
         """Return the records whose columns have the given values.
 
         Args:
-            columns: column=value; a list, tuple, set or range means any of them, None means null. Tokens and doses
-                are filtered by those of the columns that they have.
+            columns: column=value; a list, tuple, set or range means any of them, None means null. Index, tokens and
+                doses are each filtered by those of the columns that they have.
 
         Raises:
             InputError: no such column.
         """
-        conditions = dict(zip(columns, predicates(columns), strict=True))
+        conditions = dict(zip(columns, predicates(columns, (*RECORDS, *TOKENS, *DOSE)), strict=True))
         return Trace(
             self._run,
             {
@@ -274,13 +274,13 @@ class _Run:
             ) from error
 
 
-def predicates(columns: Mapping[str, Any]) -> list[pl.Expr]:
-    """Return one condition per column of the index.
+def predicates(columns: Mapping[str, Any], known: Iterable[str] = RECORDS) -> list[pl.Expr]:
+    """Return one condition per column.
 
     Raises:
-        InputError: no such column.
+        InputError: a column that is not `known`.
     """
-    known = dict.fromkeys((*RECORDS, *TOKENS, *DOSE))
+    known = dict.fromkeys(known)
     for name in columns:
         if name not in known:
             raise InputError(f"no column {name!r}: {nearest_name(name, known)}there are {', '.join(known)}")

@@ -103,7 +103,7 @@ def repair_rank(store: Store, rank: int) -> RepairResult:
     """`repair` for one rank whose lock the caller holds."""
     rebuilt: list[str] = []
     deleted: list[str] = []
-    lost: list[str] = []
+    lost: dict[str, str] = {}
     records = 0
     for problem in scan_run(store, rank, locked=True).problems:
         if problem.trouble == "leftover":
@@ -113,16 +113,19 @@ def repair_rank(store: Store, rank: int) -> RepairResult:
             try:
                 name, count = _rebuild(store, rank, problem)
             except TraceCorruptError as error:
-                lost.append(str(error))
+                lost[problem.name] = str(error)
                 continue
             rebuilt.append(name)
             records += count
-        elif problem.trouble in ("corrupt shard", "missing"):
-            lost.append(problem.text)
     if store.size(f"{rank_folder(rank)}/{CLOSED}") is None:
         _mark(store, rank)
+    remaining = [one for one in scan_run(store, rank, locked=True).problems if one.damaged and one.name not in lost]
     return RepairResult(
-        path=store.root, rebuilt=tuple(rebuilt), records=records, deleted=tuple(deleted), lost=tuple(lost)
+        path=store.root,
+        rebuilt=tuple(rebuilt),
+        records=records,
+        deleted=tuple(deleted),
+        lost=(*lost.values(), *(problem.text for problem in remaining)),
     )
 
 
@@ -183,9 +186,7 @@ def prune(
         TraceLockedError: a writer still runs.
     """
     if sites is None and not drop:
-        raise InputError(
-            "prune needs to know what goes: sites= names what stays, drop= what goes"
-        )
+        raise InputError("prune needs to know what goes: sites= names what stays, drop= what goes")
     conditions = predicates(drop or {})
     if sites is not None:
         conditions.append(_elsewhere(path, sites))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from types import TracebackType
@@ -165,6 +166,7 @@ class TraceWriter:
         self.rank, self.kind, self.level = rank, kind, level
         self._max_bytes, self._stored = max_bytes, self._session.stored
         self._order = self._session.order
+        self._numbering = threading.Lock()
         self._worker = Worker(queue_bytes, part_seconds)
         self._buffers = Buffers(part_bytes)
         self._sink = _Sink(
@@ -196,9 +198,7 @@ class TraceWriter:
             TraceWriteError: an earlier write failed, or `max_bytes` would be exceeded.
         """
         self._check()
-        order = self._order
-        record_id = self.rank * RECORD_ID_BASE + order
-        row = make_row(name, fields, record_id, order, self.rank)
+        row = make_row(name, fields, self.rank)
         bare = plain(tensor)
         dtype, shape, size = dtype_text(bare.dtype), list(bare.shape), bare.nbytes
         if self.kind == "generation":
@@ -208,14 +208,16 @@ class TraceWriter:
             known = digest(buffer(contiguous(bare)), dtype, shape)
             size = 0
         else:
-            self._reserve(name, size)
+            if self.level == "values":
+                self._reserve(name, size)
             kept = snapshot(bare, self._buffers)
         row["dtype"], row["shape"] = dtype, shape
         cost = size + _ROW_BYTES + len(name) + 16 * len(row["positions"] or ())
-        self._worker.put((tuple(row.values()), kept, known, cost), cost)
-        self._order += 1
-        if self.level == "values":
-            self._stored += size
+        with self._numbering:  # records are queued in the order of their numbers
+            row["order"] = self._order
+            row["record_id"] = record_id = self.rank * RECORD_ID_BASE + self._order
+            self._worker.put((tuple(row.values()), kept, known, cost), cost)
+            self._order += 1
         return record_id
 
     def write_tokens(self, rows: Iterable[TokenRow]) -> None:
@@ -280,11 +282,14 @@ class TraceWriter:
             self._worker.put((table, [astuple(row) for row in listed], cost), cost)
 
     def _reserve(self, name: str, size: int) -> None:
-        if self._max_bytes is not None and self.level == "values" and self._stored + size > self._max_bytes:
-            raise TraceWriteError(
-                f"{name!r} has {size} bytes and {self._stored} are written: more than max_bytes={self._max_bytes}; "
-                "raise it, capture fewer sites or steps, or use level='statistics'; what was committed stays readable"
-            )
+        with self._numbering:
+            if self._max_bytes is None or self._stored + size <= self._max_bytes:
+                self._stored += size
+                return
+        raise TraceWriteError(
+            f"{name!r} has {size} bytes and {self._stored} are written: more than max_bytes={self._max_bytes}; "
+            "raise it, capture fewer sites or steps, or use level='statistics'; what was committed stays readable"
+        )
 
     def _check(self) -> None:
         if self._worker.error is not None:
