@@ -68,9 +68,7 @@ def test_rows_that_fit_several_requests_say_which(generation: Trace) -> None:
 
 
 def test_rows_that_do_not_exist_say_what_does(generation: Trace) -> None:
-    with pytest.raises(
-        TraceError, match=r"no rows with site='layers.4.resid_post'; there are site: .*'embed'.*prompt: 0"
-    ):
+    with pytest.raises(TraceError, match=r"no rows with site='layers.4.resid_post'; there are site: .*prompt: 0"):
         generation.rows(site="layers.4.resid_post")
 
 
@@ -112,9 +110,7 @@ def test_records_of_another_width_are_not_joined(tmp_path: Path) -> None:
     with open_writer(tmp_path / "run", kind="generation") as writer:
         writer.write("h", torch.ones(1, 3), site=SITE, prompt=0, positions=[0])
         writer.write("h", torch.ones(1, 4), site=SITE, prompt=0, positions=[1])
-    with pytest.raises(
-        TraceError, match=r"record 1 \(torch.float32 \[1, 4\], 1 positions\) does not continue record 0"
-    ):
+    with pytest.raises(TraceError, match=r"record 1 \(torch.float32 \[1, 4\], 1 positions\) does not continue"):
         Trace.open(tmp_path / "run").rows(site=SITE)
 
 

@@ -135,9 +135,9 @@ def test_an_interrupted_prune_loses_nothing(run: Path, monkeypatch: pytest.Monke
 def test_prune_wants_to_know_what_goes(run: Path) -> None:
     with pytest.raises(InputError, match="prune needs to know what goes"):
         prune(run)
-    with pytest.raises(InputError, match="matches none of layers.0.resid_post"):
+    with pytest.raises(InputError, match=r"matches none of layers\.0\.resid_post"):
         prune(run, sites="layers.*.mlp_out")
-    with pytest.raises(InputError, match="no column 'stage'"):
+    with pytest.raises(InputError, match="no column 'stpe': did you mean 'step'"):
         prune(run, drop={"stpe": 1})
 
 
