@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from trimtab.errors import InputError
-from trimtab.numerics.moments import tensor_statistics
+from trimtab.numerics import tensor_statistics
 
 UNMEASURED = (None, None, None, None, None)
 

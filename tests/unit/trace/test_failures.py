@@ -256,7 +256,7 @@ def test_an_index_that_was_edited_is_found_by_verify(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys, torch
 from trimtab.trace import TraceWriter
-from trimtab.numerics.moments import tensor_statistics
+from trimtab.numerics import tensor_statistics
 from trimtab.trace._store import LocalStore
 
 tensor_statistics(torch.ones(2))  # compiled once, not once per child
