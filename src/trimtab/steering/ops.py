@@ -36,7 +36,7 @@ class Raw(NamedTuple):
     adjustment: Tensor | None = None
     """[N, K]: clamp(k p + b) - p."""
     clamped: Tensor | None = None
-    """bool [N, 1]: whether a bound was active."""
+    """bool [N, 1]: whether a bound was active, where that is more than a nonzero adjustment."""
     violation: Tensor | None = None
     """[N, 1]: how far the worst bound is still missed (CapSubspace)."""
 
@@ -51,6 +51,8 @@ class Kernel:
     """Directions [K, D] in the accumulator's dtype, along which the dose is measured."""
     static: Tensor | None = None
     """[D]: the correction, when it is the same for every row."""
+    clamps: bool = False
+    """Whether a nonzero adjustment means that a bound was active."""
     require: Callable[[Tensor], None] | None = None
     """Given the selected positions, raises when the op cannot act on one of them (looked at on the CPU only)."""
 
@@ -286,8 +288,7 @@ def _along(
 
     def correct(h: Tensor, _: Tensor) -> Raw:
         p = dot(h, probe)
-        wanted = target(p)
-        change = wanted - p
-        return Raw(change * u, p, change, wanted != p if clamps else None)
+        change = target(p) - p
+        return Raw(change * u, p, change)
 
-    return Kernel(correct=correct, probe=probe[None])
+    return Kernel(correct=correct, probe=probe[None], clamps=clamps)

@@ -171,10 +171,14 @@ class SiteProgram:
             seen = state.to(math)
             raw = kernel.correct(seen, rows.positions)
             change = _shape(raw.correction, seen, step, selected, math).to(ready.state)
-            before = state
-            state = state + change
             total = change if total is None else total + change
-            doses.append(self._dose(step, kernel, raw, selected, rows, detail, (before, change, state)))
+            before, last = state, step is self.steps[-1]
+            if detail == "full" or not last:
+                state = state + change
+            if detail == "full":
+                doses.append(self._dose(step, kernel, raw, selected, rows, (before, change, state)))
+            else:
+                doses.append(OpDose(self.site, step.name, selected.rows))
         if total is None:
             return Applied(h, tuple(doses))
         summed = (flat.to(ready.final) + total.to(ready.final)).to(h.dtype)
@@ -189,22 +193,22 @@ class SiteProgram:
         raw: Raw,
         selected: Selected,
         rows: Rows,
-        detail: Detail,
         states: tuple[Tensor, Tensor, Tensor],
     ) -> OpDose:
-        if detail == "counts":
-            return OpDose(self.site, step.name, selected.rows)
         before, change, after = states
         zero = torch.zeros_like(before[:, 0], dtype=torch.float32)
         p_before = zero if kernel.probe is None else _along(before, kernel.probe)
         if raw.projection is not None:
             p_before = _size(raw.projection)
+        clamped = raw.clamped
+        if clamped is None and kernel.clamps and raw.adjustment is not None:
+            clamped = raw.adjustment != 0
         measured = {
             "positions": rows.positions,
             "p_before": p_before,
             "p_after": zero if kernel.probe is None else _along(after, kernel.probe),
             "cap_delta": zero if raw.adjustment is None else _size(raw.adjustment),
-            "clamped": zero.bool() if raw.clamped is None else raw.clamped[:, 0],
+            "clamped": zero.bool() if clamped is None else clamped[:, 0],
             "ratio": (norm(change.float()) / norm(before.float()))[:, 0].nan_to_num(nan=0.0, posinf=float("inf")),
         }
         if raw.violation is not None:
@@ -303,7 +307,7 @@ def _shape(c: Tensor, seen: Tensor, step: Step, selected: Selected, math: torch.
         c = c * selected.gain.to(math)[:, None]
     elif isinstance(step.gain, Constant) and step.gain.value != 1:
         c = c * round_to(step.gain.value, math)
-    return c if selected.mask is None else torch.where(selected.mask[:, None], c, torch.zeros_like(c))
+    return c if selected.mask is None else torch.where(selected.mask[:, None], c, 0.0)
 
 
 def _along(state: Tensor, probe: Tensor) -> Tensor:
