@@ -340,7 +340,7 @@ def kinds_found(case: Case, judged: Judgement, error: float) -> list[str]:
     difference = (case.candidate.double() - case.reference.double()).nan_to_num().norm()
     tolerance = 4 * error
     if judged.calibration is None or judged.calibration.systematic:
-        tolerance = min(tolerance, 0.5 * float(difference / case.reference.double().norm()))
+        tolerance = min(tolerance, 0.7 * float(difference / case.reference.double().norm()))
     return [one.kind for one in find_fingerprints(case.reference, case.candidate, tolerance=tolerance)]
 
 
@@ -367,7 +367,10 @@ def main() -> None:
             ratios[case.kind].append(
                 (found.median, found.worst / found.worst_limit, found.element / found.element_limit)
             )
-        said += bool(find_fingerprints(case.reference, case.candidate, tolerance=4 * error))
+        kinds = find_fingerprints(case.reference, case.candidate, tolerance=4 * error)
+        said += bool(kinds)
+        if kinds and not asked.json:
+            print("NAMED", case.kind, case.dtype, case.key.text, tuple(case.reference.shape), kinds)
         if judged.status != "passed" and not asked.json:
             print(
                 "ALARM", case.kind, case.dtype, case.key.text, tuple(case.reference.shape), case.layers, judged.reasons

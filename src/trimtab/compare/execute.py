@@ -145,7 +145,7 @@ class Execution:
         shape = aligned.shape if whole else (window.reference.shape[0], aligned.width)
         tolerance = 4 * expected.error
         if judged.calibration is None or judged.calibration.systematic:  # a small but certain error is explained too
-            tolerance = min(tolerance, 0.5 * measured.metrics.rel_l2)
+            tolerance = min(tolerance, 0.7 * measured.metrics.rel_l2)
         return find_fingerprints(
             window.reference.reshape(shape),
             window.candidate.reshape(shape),

@@ -34,22 +34,31 @@ class Evidence:
     tolerance: float
     """Relative error that rounding explains at most (a few times the expected one)."""
 
-    @property
-    def error(self) -> float:
-        """Squared error."""
-        return _square(self.candidate - self.reference)
+    def explained(self, predicted: Tensor, rows: slice | None = None) -> float:
+        """Share of the squared error that a prediction explains; 0 when what is left is neither rounding nor small.
 
-    def explained(self, predicted: Tensor, rows: slice | Tensor | None = None) -> float:
-        """Share of the squared error that a prediction explains; 0 when what is left is neither rounding nor small."""
-        candidate, reference = (
-            (self.candidate, self.reference) if rows is None else (self.candidate[rows], self.reference[rows])
-        )
-        before, left = _square(candidate - reference), _square(candidate - predicted)
+        Rows count by their relative error, so that a huge one does not hide the others.
+        """
+        part = slice(None) if rows is None else rows
+        candidate, reference = self.candidate[part], self.reference[part]
+        sizes = torch.maximum(_row_squares(reference), _row_squares(predicted)).clamp_min(self.floor**2)
+        before = float((_row_squares(candidate - reference) / sizes).sum())
+        left = float((_row_squares(candidate - predicted) / sizes).sum())
         if before == 0:
             return 0.0
         share = 1 - left / before
-        rounding = left <= self.tolerance**2 * _square(predicted)
+        rounding = left <= self.tolerance**2 * len(sizes)
         return share if share > 0.98 or (share > 0.5 and rounding) else 0.0
+
+    @property
+    def floor(self) -> float:
+        """Norm below which a row counts as if it had this one."""
+        return max(0.01 * math.sqrt(float(_row_squares(self.reference).mean())), 1e-300)
+
+    def off(self, times: float) -> Tensor:
+        """Mask of the rows whose relative error is over so many tolerances."""
+        error = _row_squares(self.candidate - self.reference)
+        return error > (times * self.tolerance) ** 2 * _row_squares(self.reference).clamp_min(self.floor**2)
 
 
 def find_fingerprints(
@@ -87,26 +96,19 @@ def find_fingerprints(
     good = reference.isfinite() & candidate.isfinite()
     reference, candidate = reference.where(good, 0), candidate.where(good, 0)
     evidence = Evidence(reference, candidate, tolerance)
-    if evidence.error <= tolerance**2 * _square(reference) and not _outlying(evidence):
+    if not evidence.off(1).any():
         return tuple(found)[:limit]
-    for search in (_zero_rows, _scale, _signs, _shift, _bias, _shard, _few_rows):
+    for search in (_zero_rows, _scale, _signs, _shift):
         found += search(evidence)
     found += _stale(evidence, neighbour)
     found += _coarse_rounding(evidence, dtype)
     if whole:
         found += find_transpose(evidence, shape)
-    if not any(one.explained > 0.9 for one in found):
-        found += find_permutation(evidence)
+    found += find_permutation(evidence)
+    for search in (_shard, _bias, _few_rows):
+        found += search(evidence)
     order = {id(one): index for index, one in enumerate(found)}
     return tuple(sorted(found, key=lambda one: (-round(one.explained, 2), order[id(one)])))[:limit]
-
-
-def _outlying(evidence: Evidence) -> bool:
-    """Whether some row is far off although the whole is not."""
-    error = (evidence.candidate - evidence.reference).norm(dim=1)
-    norm = evidence.reference.norm(dim=1)
-    floor = 0.01 * float(norm.square().mean().sqrt())
-    return bool((error > 4 * evidence.tolerance * norm.clamp_min(floor)).any())
 
 
 def _nan_rows(reference: Tensor, candidate: Tensor) -> Iterator[Fingerprint]:
@@ -142,7 +144,7 @@ def _scale(evidence: Evidence) -> Iterator[Fingerprint]:
     if not share or abs(factor - 1) <= evidence.tolerance / math.sqrt(max(reference.shape[0], 1)):
         return
     left = _square(candidate - factor * reference) / (factor**2 * square)
-    near = max(3 * math.sqrt(left / max(reference.shape[0], 1)), 1e-3)
+    near = max(3 * math.sqrt(left / max(reference.shape[0], 1)), evidence.tolerance / 2, 1e-3)
     times = round(factor)
     parts = round(1 / factor)
     if abs(factor + 1) < near:
@@ -226,15 +228,12 @@ def _shard(evidence: Evidence) -> Iterator[Fingerprint]:
 
 def _few_rows(evidence: Evidence) -> Iterator[Fingerprint]:
     """At most a twentieth of the rows carries the error."""
-    error = (evidence.candidate - evidence.reference).norm(dim=1)
-    norm = evidence.reference.norm(dim=1)
-    floor = 0.01 * float(norm.square().mean().sqrt())
-    bad = error > 4 * evidence.tolerance * norm.clamp_min(floor)
+    bad = evidence.off(4)
     count = int(bad.sum())
     if not 0 < count <= max(1, len(bad) // 20) or len(bad) < 4:
         return
-    share = float(error[bad].square().sum()) / evidence.error
-    if share > 0.5:
+    share = evidence.explained(torch.where(bad[:, None], evidence.candidate, evidence.reference))
+    if share:
         detail = f"{count} of {len(bad)} rows carry the error: {_some(bad)}"
         yield Fingerprint(kind="few_rows", detail=detail, explained=min(share, 0.9), value=float(count))
 
@@ -258,9 +257,9 @@ def _coarse_rounding(evidence: Evidence, dtype: torch.dtype) -> Iterator[Fingerp
     """Every value of the candidate is one of a coarser dtype, and the error is of its size."""
     if not dtype.is_floating_point:
         return
-    size = math.sqrt(evidence.error / (_square(evidence.reference) or 1.0))
+    size = math.sqrt(_square(evidence.candidate - evidence.reference) / (_square(evidence.reference) or 1.0))
     fitting = [one for one in _COARSE if unit_roundoff(one) > unit_roundoff(dtype)]
-    for coarse in sorted(fitting, key=unit_roundoff):
+    for coarse in sorted(fitting, key=unit_roundoff, reverse=True):  # a float8 is a bfloat16 too
         stays = _representable(evidence.candidate, coarse)
         if stays and not _representable(evidence.reference, coarse) and size < 16 * unit_roundoff(coarse):
             roundings = f"the error is {size / unit_roundoff(coarse):.2g} of its roundings"
@@ -297,6 +296,10 @@ def _integers(reference: Tensor, candidate: Tensor) -> Iterator[Fingerprint]:
 
 def _square(values: Tensor) -> float:
     return float(values.square().sum())
+
+
+def _row_squares(values: Tensor) -> Tensor:
+    return values.square().sum(dim=1)
 
 
 def _some(mask: Tensor) -> str:

@@ -1,6 +1,6 @@
 """Measure one aligned pair in chunks: type-correct, float64 sums, memory that does not grow with the pair.
 
-The work is done by `numerics.pair.compare_pair`. Integers and booleans are compared exactly, complex numbers as pairs of
+`numerics.pair.compare_pair` does the work. Integers and booleans are compared exactly, complex numbers as pairs of
 floats, NaN and Inf by position; what is not finite stays out of the sums.
 """
 

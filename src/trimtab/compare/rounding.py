@@ -4,8 +4,8 @@
 e^2 = (0.42 u_d)^2 (1 + 2 b) + (0.42 u_acc)^2 K. Here b and K are chosen for a record:
 
 - b = the decoder blocks upstream, plus `WITHIN` for the roundings inside the block that made the tensor (weights, norm,
-  projections, activation, gate), counted in blocks as well. A tensor that names neither site nor layer has b = 0, K the
-  last dimension: storage rounding and one reduction, and the verdict says so.
+  projections, activation, gate), counted in blocks as well. A tensor that names neither site nor layer has b = 0, and
+  K = max(last dimension, 256): storage rounding and one reduction, and the verdict says so.
 - K = last dimension x (1 + b / 2): every block adds such reductions.
 - u_d belongs to the coarser dtype of the pair, or to the models' when they computed in a coarser one than was
   recorded; u_acc is float64's where that dtype is float64, else float32's.
@@ -29,6 +29,7 @@ from trimtab.sites import Site
 
 WITHIN_STREAM = 8
 WITHIN_MLP = 20
+UNKNOWN_REDUCTION = 256
 _MLP_POINTS = ("mlp_act", "mlp_raw", "mlp_out")
 
 
@@ -75,11 +76,12 @@ def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int) -> Exp
         width: length of the last dimension.
     """
     depth = blocks or 0
+    length = max(width, 1 if blocks is not None else UNKNOWN_REDUCTION)
     error = expected_relative_error(
         dtype,
         blocks_upstream=depth,
         accumulator=torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32,
-        reduction_length=max(width, 1) * (2 + depth) // 2,
+        reduction_length=length * (2 + depth) // 2,
     )
     known = "" if blocks is not None else " (depth unknown: storage rounding and one reduction)"
     return Expected(error=error, source=f"rounding model{known}", dtype=dtype_name(dtype), blocks=depth)

@@ -331,7 +331,7 @@ def _mean_deviation(measured: Measured) -> float:
 
 
 def _shared(deviations: Floats, least: float) -> float:
-    """Median of per-channel deviations over its standard error (from the median absolute deviation); 0 below `least`."""
+    """Median of per-channel deviations over its standard error (by median absolute deviation); 0 below `least`."""
     finite = deviations[np.isfinite(deviations)]
     if finite.size < 8 or abs(float(np.median(finite))) <= least:
         return 0.0
