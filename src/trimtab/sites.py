@@ -199,7 +199,8 @@ def resolve_sites(
         SiteError: nothing was given, a layer outside the model, or a point that a layer does not have.
     """
     listed = [patterns] if isinstance(patterns, (str, Site, SitePattern)) else list(patterns)
-    parsed = [SitePattern.parse(one) for item in listed for one in (split_patterns(item) if isinstance(item, str) else [item])]
+    parts = [one for item in listed for one in (split_patterns(item) if isinstance(item, str) else [item])]
+    parsed = [SitePattern.parse(one) for one in parts]
     if not parsed:
         raise SiteError(f"no site was given; a site is {_GRAMMAR}")
     found: set[Site] = set()
