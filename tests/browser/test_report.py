@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import math
 import os
 import re
 import shutil
@@ -154,6 +155,15 @@ def test_first_divergence_is_marked(browser: Browser, pages: dict[str, str], wid
         assert "first difference, token 8" in page.locator("#drift-plot .annotation-text").first.text_content()
 
 
+def test_heat_map_draws_each_cell_in_its_place(browser: Browser, pages: dict[str, str]) -> None:
+    whole = factory.analysis()
+    with Visit(browser, pages["analysis"]) as visit:
+        drawn = visit.ready().evaluate("document.getElementById('drift-plot').data[0].z")
+        for cell in whole.drift:
+            if (cell.config, cell.prompt) == ("bf16", 3) and cell.rel_l2 > 0:
+                assert drawn[cell.layer][cell.step] == pytest.approx(math.log10(cell.rel_l2), abs=1e-6)
+
+
 def test_dimmed_tokens_are_fainter_than_equal_ones(browser: Browser, pages: dict[str, str]) -> None:
     with Visit(browser, pages["analysis"]) as visit:
         page = visit.ready()
@@ -185,8 +195,10 @@ def test_keyboard_reaches_and_works_the_choices(browser: Browser, pages: dict[st
         page.keyboard.press("ArrowDown")
         assert page.locator("#metric-choice").input_value() == "mae"
         assert plot.screenshot() != before, "another metric draws other colours"
-        for _ in range(2):
+        for _ in range(4):
             page.keyboard.press("Shift+Tab")
+            if page.evaluate("document.activeElement.name") == "config":
+                break
         before = plot.screenshot()
         page.keyboard.press("ArrowRight")
         assert page.evaluate("document.activeElement.value") == "bf16_cap_fp32"

@@ -174,8 +174,8 @@ def _third(item: Recommendation) -> Answer:
     if not item.measurable:
         return Answer(question=item.question, short="No measurable difference", detail=detail, tone="neutral")
     sign = _direction(item.metric) * item.estimate
-    short = "Yes" if sign > 0 else "No, it is worse" if sign < 0 else "It differs"
-    return Answer(question=item.question, short=short, detail=detail, tone="good" if sign > 0 else "bad")
+    short, tone = ("Yes", "good") if sign > 0 else ("No, it is worse", "bad") if sign < 0 else ("It differs", "neutral")
+    return Answer(question=item.question, short=short, detail=detail, tone=tone)
 
 
 def _direction(metric: str) -> int:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from trimtab._base import jsonio
 from trimtab._version import __version__
 from trimtab.report import _analysis, _comparison, _payload
-from trimtab.report._format import visible
+from trimtab.report._format import count, visible
 from trimtab.results import Analysis
 from trimtab.results.comparison import Comparison
 
@@ -112,4 +112,5 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["visible"] = visible
+    environment.filters["count_of"] = count
     return environment

@@ -46,19 +46,20 @@ def test_identical_tokens_are_said_so(whole: Analysis) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "estimate", "short"),
+    ("metric", "estimate", "short", "tone"),
     [
-        ("match_ratio", 0.1, "Yes"),
-        ("match_ratio", -0.1, "No, it is worse"),
-        ("rel_l2", -0.1, "Yes"),
-        ("rel_l2", 0.1, "No, it is worse"),
-        ("something", 0.1, "It differs"),
+        ("match_ratio", 0.1, "Yes", "good"),
+        ("match_ratio", -0.1, "No, it is worse", "bad"),
+        ("rel_l2", -0.1, "Yes", "good"),
+        ("rel_l2", 0.1, "No, it is worse", "bad"),
+        ("something", 0.1, "It differs", "neutral"),
     ],
 )
-def test_direction_of_the_metric_decides(whole: Analysis, metric: str, estimate: float, short: str) -> None:
+def test_direction_of_the_metric_decides(whole: Analysis, metric: str, estimate: float, short: str, tone: str) -> None:
     low, high = sorted((estimate * 0.5, estimate * 1.5))
     changed = with_recommendation(whole, metric=metric, estimate=estimate, low=low, high=high, measurable=True)
-    assert _analysis.view(changed).answers[2].short == short
+    answer = _analysis.view(changed).answers[2]
+    assert (answer.short, answer.tone) == (short, tone)
 
 
 def test_interval_marks_lie_in_order_around_zero(whole: Analysis) -> None:

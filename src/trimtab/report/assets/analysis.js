@@ -36,7 +36,12 @@
   };
   const prompt = () => data.prompts.find((one) => one.index === state.prompt);
   const part = (kind) => prompt()?.[kind][state.config];
-  const series = (config) => Math.max(0, data.configs.indexOf(config));
+  /* Colour, mark and dash of a configuration: a seventh takes the first colour with another mark and dash. */
+  const look = (config) => {
+    const k = Math.max(0, data.configs.indexOf(config));
+    const shifted = (k + Math.floor(k / 6)) % 6;
+    return { color: colour(`series-${k % 6}`), symbol: SYMBOLS[shifted], dash: DASHES[shifted] };
+  };
   const first = () => part("tokens")?.first ?? null;
 
   /* ---- plotting ---- */
@@ -132,18 +137,18 @@
     if (!$("bylayer")) return;
     const rows = data.by_layer;
     const traces = rows.map((row) => {
-      const k = series(row.config);
+      const { color, symbol, dash } = look(row.config);
       return {
         type: "scatter", mode: "lines+markers", name: row.config, x: row.layers, y: row.mean.map(real), customdata: row.max.map(show),
-        line: { color: colour(`series-${k % 6}`), width: 2, dash: DASHES[k % 6] }, marker: { symbol: SYMBOLS[k % 6], size: 8 },
+        line: { color, width: 2, dash }, marker: { symbol, size: row.layers.length > 16 ? 5 : 8 },
         hovertemplate: `${escapeText(row.config)}, layer %{x}<br>mean %{y:.3g}, max %{customdata}<extra></extra>`,
       };
     });
     draw("bylayer", traces, {
-      margin: { l: 8, r: 8, t: 12, b: 8 }, xaxis: axis({ title: "layer", dtick: layerTick(rows[0]?.layers), showgrid: false }),
+      margin: { l: 8, r: 8, t: 12, b: 8 }, xaxis: axis({ title: "layer", dtick: layerTick(rows[0]?.layers), showgrid: false, range: [-0.4, Math.max(...rows.flatMap((row) => row.layers)) + 0.4] }),
       yaxis: log(rows.flatMap((row) => row.mean), { title: "mean rel_l2" }),
     }, 300);
-    keys("bylayer", rows.map(({ config }) => ({ name: config, color: colour(`series-${series(config) % 6}`), dash: DASHES[series(config) % 6], symbol: SYMBOLS[series(config) % 6] })));
+    keys("bylayer", rows.map(({ config }) => ({ name: config, ...look(config) })));
     fill("bylayer", ["layer", ...rows.flatMap((row) => [`${row.config} mean`, "max", "not finite"])], () => (rows[0]?.layers ?? []).map((layer, i) => [
       layer, ...rows.flatMap((row) => [show(row.mean[i]), show(row.max[i]), row.nonfinite[i]]),
     ]));
@@ -185,9 +190,11 @@
       item.title = `token ${i}` + (margins.has(i) ? `, reference margin ${show(margins.get(i))} nats` : "");
       $("strip").append(item);
     }
-    parting(own, reference);
+    const mark = $("strip").querySelector(".first");
+    $("strip").scrollTop = mark ? Math.max(0, mark.offsetTop - 60) : 0;
+    parting(own);
   };
-  const parting = (own, reference) => {
+  const parting = (own) => {
     const facts = [["Smallest margin so far", `${show(own.smallest_margin)} nats`], ["Length", own.length_delta ? `${Math.abs(own.length_delta)} tokens ${own.length_delta < 0 ? "shorter" : "longer"}` : "equal"]];
     if (own.first !== null) {
       facts.unshift(["First difference", `token ${own.first}`], ["Reference margin there", `${show(own.margin)} nats`], ["Drift before it (rel_l2)", show(own.drift_before)]);
@@ -311,18 +318,18 @@
     const known = data.divergences.filter((one) => one.margin !== null && one.drift !== null);
     const configs = data.configs.filter((config) => known.some((one) => one.config === config));
     const traces = configs.map((config) => {
-      const k = series(config);
+      const { color, symbol } = look(config);
       const rows = known.filter((one) => one.config === config);
       return {
         type: "scatter", mode: "markers", name: config, x: rows.map((one) => real(one.drift)), y: rows.map((one) => real(one.margin)),
-        customdata: rows.map((one) => [one.prompt, one.step]), marker: { symbol: SYMBOLS[k % 6], size: 11, color: colour(`series-${k % 6}`), opacity: 0.85 },
+        customdata: rows.map((one) => [one.prompt, one.step]), marker: { symbol, size: 11, color, opacity: 0.85 },
         hovertemplate: `${escapeText(config)}, prompt %{customdata[0]}, token %{customdata[1]}<br>drift %{x:.3g}, margin %{y:.3g} nats<extra></extra>`,
       };
     });
     draw("scatter", traces, {
       margin: { l: 8, r: 8, t: 12, b: 8 }, xaxis: log(known.map((one) => one.drift), { title: "drift before, rel_l2" }), yaxis: log(known.map((one) => one.margin), { title: "reference margin, nats" }),
     }, 320);
-    keys("scatter", configs.map((config) => ({ name: config, color: colour(`series-${series(config) % 6}`), symbol: SYMBOLS[series(config) % 6] })));
+    keys("scatter", configs.map((config) => ({ name: config, ...look(config), dash: undefined })));
     fill("scatter", ["configuration", "prompt", "token", "drift", "margin"], () => data.divergences.map((one) => [one.config, one.prompt, one.step, show(one.drift), show(one.margin)]));
   };
 
