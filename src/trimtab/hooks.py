@@ -249,21 +249,18 @@ def _set_boundary(model: nn.Module, hooks: HookSet, device: str, allow_autocast:
 
 
 def _set_output(module: nn.Module, attachment: _Attachment) -> Callable[[], None]:
-    flat = attachment.point.flat
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        leading = tuple(_first_argument(args, kwargs)[1].shape[:-1]) if flat else None
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any, leading: tuple[int, ...] | None = None) -> Any:
         if isinstance(output, Tensor):
             return attachment.on_tensor(output, leading)
         written = attachment.on_tensor(_first(output, attachment.point), leading)
         return None if written is None else _replace_first(output, written)
 
-    def bare(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return hook(module, args, {}, output)
+    def flat_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        return hook(module, args, output, tuple(_first_argument(args, kwargs, attachment.point)[1].shape[:-1]))
 
-    if flat:
-        return module.register_forward_hook(hook, with_kwargs=True).remove
-    return module.register_forward_hook(bare).remove
+    if attachment.point.flat:
+        return module.register_forward_hook(flat_hook, with_kwargs=True).remove
+    return module.register_forward_hook(hook).remove
 
 
 def _set_input(module: nn.Module, attachment: _Attachment) -> Callable[[], None]:
@@ -346,9 +343,7 @@ def _replace_first(output: Any, value: Tensor) -> Any:
     return output._make(items) if hasattr(output, "_make") else type(output)(items)
 
 
-def _first_argument(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], point: HookPoint | None = None
-) -> tuple[int | str, Tensor]:
+def _first_argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], point: HookPoint) -> tuple[int | str, Tensor]:
     """The first tensor that a module is called with, and where it stands."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor):
@@ -358,8 +353,7 @@ def _first_argument(
     for name, value in kwargs.items():
         if isinstance(value, Tensor):
             return name, value
-    where = "" if point is None else f"{point.site}: module {point.module_path!r} "
-    raise BackendError(f"{where}was called without a tensor")
+    raise BackendError(f"{point.site}: module {point.module_path!r} was called without a tensor")
 
 
 def _replace_argument(
