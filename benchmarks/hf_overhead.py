@@ -1,0 +1,183 @@
+"""Claims about the Hugging Face backend: what capturing and steering cost beside the plainest way to do the same.
+
+The model is a random Qwen3 of 6 blocks, width 256 (a decode step of a few milliseconds, so that overheads show), in
+float32 on the CPU; 4 prompts of 48 tokens, 48 generated tokens each, greedy, no end token. Capturing is compared with
+`model.generate(..., output_hidden_states=True)`, steering with a bare forward hook in the same generation loop.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from _claims import Measured, main, overhead, summary
+from safetensors.torch import save_file
+
+from trimtab.backends import Capture, Request, open_backend
+from trimtab.steering import Add, Steering
+from trimtab.trace import NullWriter, TraceWriter
+
+LAYERS, WIDTH, VOCABULARY = 6, 256, 512
+BATCH, PROMPT, NEW = 4, 48, 48
+SITE = f"layers.{LAYERS // 2}.resid_post"
+
+
+def make_model() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Qwen3Config(
+        hidden_size=WIDTH,
+        intermediate_size=3 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=32,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=4096,
+        eos_token_id=None,
+        bos_token_id=None,
+    )
+    return transformers.Qwen3ForCausalLM(config).eval()
+
+
+def prompts(count: int = BATCH) -> torch.Tensor:
+    return torch.randint(0, VOCABULARY, (count, PROMPT), generator=torch.Generator().manual_seed(1))
+
+
+def requests(ids: torch.Tensor, new: int = NEW, steering: Steering | None = None) -> list[Request]:
+    return [
+        Request(prompt=tuple(row), id=f"r{index}", prompt_index=index, max_new_tokens=new, steering=steering)
+        for index, row in enumerate(ids.tolist())
+    ]
+
+
+def plain_hidden_states(model: Any, ids: torch.Tensor, new: int = NEW) -> list[torch.Tensor]:
+    """Generate the usual way and return one [batch, rows, width] tensor per block."""
+    made = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        output_hidden_states=True,
+        return_dict_in_generate=True,
+    )
+    return [torch.cat([step[layer + 1] for step in made.hidden_states], dim=1) for layer in range(LAYERS)]
+
+
+def capture_claims(pairs: int) -> Iterator[Measured]:
+    model, ids = make_model(), prompts()
+    backend = open_backend("hf", model, batch_size=BATCH)
+    capture, wanted = Capture(sites=("layers.*.resid_post",)), requests(ids)
+
+    def baseline() -> object:
+        return model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW,
+            do_sample=False,
+            pad_token_id=0,
+            output_hidden_states=True,
+            return_dict_in_generate=True,
+        )
+
+    found, control = overhead(
+        lambda: backend.generate(wanted, capture=capture, writer=NullWriter()), baseline, pairs=pairs
+    )
+    yield Measured(name="capture_all_layers_null_writer", samples=found, control=control, notes=summary(found))
+
+    with tempfile.TemporaryDirectory() as folder:
+        number = iter(range(10**6))
+
+        def write() -> None:
+            with TraceWriter(Path(folder) / f"run{next(number)}", kind="generation", provenance={}) as writer:
+                backend.generate(wanted, capture=capture, writer=writer)
+
+        def save() -> None:
+            states = plain_hidden_states(model, ids)
+            tensors = {f"layers.{layer}": one.contiguous() for layer, one in enumerate(states)}
+            save_file(tensors, Path(folder) / f"plain{next(number)}.safetensors")
+
+        found, control = overhead(write, save, pairs=pairs)
+    yield Measured(name="capture_all_layers_writing", samples=found, control=control, notes=summary(found))
+
+
+def add_claim(pairs: int) -> Measured:
+    model, ids = make_model(), prompts()
+    backend = open_backend("hf", model, batch_size=BATCH)
+    vector = torch.randn(WIDTH, generator=torch.Generator().manual_seed(2))
+    steered, plain = requests(ids, steering=Steering({SITE: [Add(vector, scale=0.5)]})), requests(ids)
+    shift, block = vector * 0.5, model.model.layers[LAYERS // 2]
+
+    def bare() -> object:
+        handle = block.register_forward_hook(lambda module, args, output: output + shift)
+        try:
+            return backend.generate(plain)
+        finally:
+            handle.remove()
+
+    assert [one.token_ids for one in bare()] == [one.token_ids for one in backend.generate(steered)]  # type: ignore[attr-defined]
+    found, control = overhead(lambda: backend.generate(steered), bare, pairs=pairs)
+    return Measured(name="one_add_at_one_site", samples=found, control=control, notes=summary(found))
+
+
+# -- memory: each case in a process of its own, because a peak never falls
+
+QUEUE = 4 << 20
+TOKENS = 256
+
+
+def peak_megabytes() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_case(captures: bool) -> list[float]:
+    """Return the peaks after generating TOKENS and 8 * TOKENS tokens per request."""
+    backend = open_backend("hf", make_model(), batch_size=8)
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        for new in (TOKENS, 8 * TOKENS - PROMPT):
+            wanted = requests(prompts(8), new)
+            if captures:
+                path = Path(folder) / str(new)
+                with TraceWriter(path, kind="generation", provenance={}, queue_bytes=QUEUE, part_bytes=QUEUE) as writer:
+                    backend.generate(wanted, capture=Capture(sites=("layers.*.resid_post",)), writer=writer)
+            else:
+                backend.generate(wanted)
+            peaks.append(peak_megabytes())
+    return peaks
+
+
+def memory_claim() -> Measured:
+    grown = {}
+    for case in ("plain", "capture"):
+        done = subprocess.run([sys.executable, __file__, "--memory", case], check=True, capture_output=True, text=True)
+        small, large = json.loads(done.stdout)
+        grown[case] = large - small
+    bytes_captured = 8 * 7 * TOKENS * LAYERS * WIDTH * 4
+    value = grown["capture"] - grown["plain"] - QUEUE / 1e6
+    notes = {**grown, "captured_megabytes_more": bytes_captured / 1e6}
+    return Measured(name="capture_memory_growth", samples=[value], notes=notes)
+
+
+def measure(quick: bool) -> Iterator[Measured]:
+    torch.set_num_threads(1)
+    pairs = 15 if quick else 30
+    yield from capture_claims(pairs)
+    yield add_claim(pairs)
+    yield memory_claim()
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--memory"]:
+        torch.set_num_threads(1)
+        print(json.dumps(memory_case(sys.argv[2] == "capture")))
+    else:
+        main(__file__, measure)
