@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from trimtab.report import _format as fmt
-from trimtab.results.comparison import Comparison, LedgerEntry, LedgerGroup, RecordVerdict, SideCount
+from trimtab.results import Comparison, LedgerEntry, LedgerGroup, RecordVerdict, SideCount
 
 MAX_ROWS = 1000
 """Rows of the tables of verdicts and ledger entries in a page; the JSON report holds all of them."""

@@ -15,8 +15,7 @@ from trimtab._base import jsonio
 from trimtab._version import __version__
 from trimtab.report import _analysis, _comparison, _payload
 from trimtab.report._format import count, visible
-from trimtab.results import Analysis
-from trimtab.results.comparison import Comparison
+from trimtab.results import Analysis, Comparison
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 

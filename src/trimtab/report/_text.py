@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Iterable
-
-from rich import box
-from rich.console import Console
-from rich.padding import Padding
-from rich.table import Table
-from rich.text import Text
-
 from trimtab.report import _analysis, _comparison
 from trimtab.report import _format as fmt
-from trimtab.results import Analysis
-from trimtab.results.comparison import Comparison
+from trimtab.report._console import MAX_LINES, TextPage
+from trimtab.results import Analysis, Comparison
 
-MAX_LINES = 40
 _TONE = {"good": "green", "bad": "red", "neutral": ""}
 _STATUS = {"failed": "red", "corrupt": "red", "inconclusive": "yellow"}
 
@@ -24,7 +14,7 @@ _STATUS = {"failed": "red", "corrupt": "red", "inconclusive": "yellow"}
 def render_analysis(analysis: Analysis, *, width: int, color: bool) -> str:
     """Return the text form of a precision analysis."""
     view = _analysis.view(analysis)
-    page = _Page(width, color)
+    page = TextPage(width, color)
     page.line(fmt.visible(f"{analysis.title}: {view.headline}"), "bold")
     page.line(fmt.visible(view.subtitle))
     page.line("")
@@ -64,7 +54,7 @@ def render_analysis(analysis: Analysis, *, width: int, color: bool) -> str:
 def render_comparison(comparison: Comparison, *, width: int, color: bool) -> str:
     """Return the text form of a comparison of two traces."""
     view = _comparison.view(comparison)
-    page = _Page(width, color)
+    page = TextPage(width, color)
     page.line(f"{'Passed' if comparison.passed else 'Not passed'}: {comparison.reason}", "bold")
     page.line(f"{comparison.candidate} against the reference {comparison.reference}. Rule: {comparison.verdict}.")
     page.line("")
@@ -103,78 +93,3 @@ def render_comparison(comparison: Comparison, *, width: int, color: bool) -> str
     )
     page.lines((f"warning: {warning}" for warning in comparison.warnings), "yellow")
     return page.text()
-
-
-class _Page:
-    """A console that writes into memory; every text passes through `visible`, none is read as markup."""
-
-    def __init__(self, width: int, color: bool) -> None:
-        self._file = io.StringIO()
-        self._console = Console(
-            file=self._file,
-            width=width,
-            force_terminal=color,
-            color_system="standard" if color else None,
-            no_color=not color,
-            highlight=False,
-            markup=False,
-            emoji=False,
-            legacy_windows=False,
-        )
-
-    def line(self, text: str, style: str = "") -> None:
-        self._console.print(Text(fmt.visible(text), style=style))
-
-    def lines(self, texts: Iterable[str], style: str = "") -> None:
-        every = list(texts)
-        for text in every[:MAX_LINES]:
-            self.line(text, style)
-        self._rest(len(every) - MAX_LINES)
-
-    def item(self, head: str, detail: str, style: str) -> None:
-        self._console.print(Text(fmt.visible(head), style=f"{style} bold".strip()))
-        self._console.print(Padding(Text(fmt.visible(detail), style="dim"), (0, 0, 0, 4)))
-
-    def table(
-        self,
-        title: str,
-        columns: tuple[str, ...],
-        rows: Iterable[tuple[str, ...]],
-        *,
-        left_out: int = 0,
-        styles: list[str] | None = None,
-    ) -> None:
-        """Print a table; a heading that begins with ">" belongs to a column of numbers."""
-        every = list(rows)
-        if not every:
-            return
-        grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=False, padding=(0, 1, 0, 0))
-        for name in columns:
-            number = name.startswith(">")
-            label = Text(name.lstrip(">"))
-            grid.add_column(label, justify="right" if number else "left", overflow="fold", no_wrap=number)
-        for index, row in enumerate(every):
-            grid.add_row(*(Text(fmt.visible(cell)) for cell in row), style=styles[index] if styles else "")
-        self.line("")
-        self.line(title, "bold")
-        self._console.print(grid)
-        self._rest(left_out)
-
-    def facts(self, pairs: dict[str, str]) -> None:
-        grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(no_wrap=True)
-        grid.add_column(overflow="fold")
-        for name, value in pairs.items():
-            if value:
-                grid.add_row(Text(fmt.visible(name), style="dim"), Text(fmt.visible(value)))
-        if grid.row_count:
-            self.line("")
-            self._console.print(grid)
-
-    def _rest(self, number: int) -> None:
-        if number > 0:
-            self.line(f"... {number:,} more; the JSON and HTML forms hold them", "dim")
-
-    def text(self) -> str:
-        """What was printed, without trailing spaces."""
-        return "\n".join(one.rstrip() for one in self._file.getvalue().splitlines()).strip("\n") + "\n"

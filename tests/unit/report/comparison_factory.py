@@ -6,7 +6,7 @@ import dataclasses
 import math
 from typing import Any
 
-from trimtab.results.comparison import (
+from trimtab.results import (
     Calibration,
     Comparison,
     Fingerprint,

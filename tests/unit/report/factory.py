@@ -15,6 +15,8 @@ from trimtab.results import (
     LogprobStep,
     PromptInfo,
     Recommendation,
+    SweepConfigState,
+    SweepRun,
     TokenAgreement,
 )
 
@@ -35,6 +37,22 @@ NUM_LAYERS = 6
 STEPS = 40
 SCALE = {"float32": 0.0, "bf16": 5e-3, "bf16_cap_fp32": 4.6e-3, "float16": 6.5e-4}
 DIVERGES = {("bf16", 0): 17, ("bf16", 2): 29, ("bf16_cap_fp32", 0): 23, ("bf16", 3): 8, ("bf16_cap_fp32", 3): 8}
+
+SWEEP = SweepRun(
+    path="runs/one",
+    model="testbed",
+    reference="float32",
+    steering="Cap",
+    steering_digest="00ff",
+    num_prompts=2,
+    max_tokens=8,
+    configs=(
+        SweepConfigState(
+            label="bf16", backend="hf", model_dtype="bfloat16", op_math="bfloat16", free="done", forced="partial"
+        ),
+    ),
+    finished=False,
+)
 
 
 def token(index: int) -> str:

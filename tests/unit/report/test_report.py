@@ -16,8 +16,7 @@ import pytest
 from tests.unit.report import comparison_factory, factory
 from trimtab.errors import InputError
 from trimtab.report import _html, _payload, render_html, render_json, render_text, report
-from trimtab.results import Analysis, from_json
-from trimtab.results.comparison import Comparison
+from trimtab.results import Analysis, Comparison, from_json
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>{{ 7*7 }}&lt;\"'\u2028\x00\x1b[2J\ud800"
 
@@ -183,10 +182,48 @@ def test_missing_directory_is_refused(tmp_path: Path) -> None:
         report(factory.bare(), tmp_path / "absent" / "out.html")
 
 
-@pytest.mark.parametrize("render", [render_text, render_json, render_html])
-def test_other_results_are_refused(render: object) -> None:
-    with pytest.raises(InputError, match="no report for a dict: give an Analysis or a Comparison"):
-        render({})  # type: ignore[operator]
+@pytest.mark.parametrize("render", [render_text, render_json])
+@pytest.mark.parametrize("given", [{}, Analysis])
+def test_what_is_no_result_is_refused(render: object, given: object) -> None:
+    with pytest.raises(InputError, match=r"no report for .*: give a result such as an Analysis or a Comparison"):
+        render(given)  # type: ignore[operator]
+
+
+def test_other_results_have_no_page(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no page for a SweepRun: .* use \.txt or \.json"):
+        report(factory.SWEEP, tmp_path / "out.html")
+    assert report(factory.SWEEP, tmp_path / "out.txt").read_text() == render_text(factory.SWEEP)  # type: ignore[union-attr]
+
+
+def test_a_result_is_rendered_again_from_its_json(tmp_path: Path) -> None:
+    for result in (factory.small(), comparison_factory.comparison()):
+        source = report(result, tmp_path / "result.json")
+        again = Path(report(source, tmp_path / "again.html"))
+        assert again.read_text(encoding="utf-8") == render_html(result)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"{", "not JSON: .* line 1"),
+        (b"\xff", "is not text: invalid start byte at byte 0"),
+        (b"[1]", "expected the JSON of an Analysis or a Comparison"),
+        (b'{"kind": "sweep"}', "expected the JSON of an Analysis or a Comparison"),
+        (b'{"kind": "analysis"}', "not a Analysis document"),
+        (None, "no such file"),
+    ],
+)
+def test_files_that_hold_no_result_are_refused(tmp_path: Path, content: bytes | None, why: str) -> None:
+    path = tmp_path / "result.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=why):
+        report(path)
+
+
+def test_a_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a directory"):
+        report(tmp_path)
 
 
 @pytest.mark.parametrize(("make", "kind"), [(factory.analysis, Analysis), (comparison_factory.comparison, Comparison)])

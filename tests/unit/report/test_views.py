@@ -7,8 +7,7 @@ import pytest
 
 from tests.unit.report import comparison_factory, factory
 from trimtab.report import _analysis, _comparison
-from trimtab.results import Analysis
-from trimtab.results.comparison import Comparison
+from trimtab.results import Analysis, Comparison
 
 
 @pytest.fixture(scope="module")
