@@ -29,7 +29,7 @@ class Rows:
         padded: whether some position is negative; None looks (a device synchronisation on an accelerator).
     """
 
-    __slots__ = ("_cache", "_checked", "padded", "positions", "prompt_length", "token_ids")
+    __slots__ = ("_cache", "padded", "positions", "prompt_length", "token_ids")
 
     def __init__(
         self,

@@ -68,8 +68,6 @@ class Steering:
         ['embed', 'layers.3.resid_post']
     """
 
-    __slots__ = ("__dict__", "bound")
-
     bound: tuple[BoundOp, ...]
 
     def __init__(

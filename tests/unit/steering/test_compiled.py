@@ -70,6 +70,7 @@ def test_inductor_alone_would_drop_the_roundings() -> None:
     assert not torch.equal(torch.compile(traced, fullgraph=True)(h), traced(h))
 
 
+@pytest.mark.full
 def test_a_full_dose_leaves_the_graph() -> None:
     site = program("float32")
     h = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(1))

@@ -73,6 +73,7 @@ def test_prompt_lengths_may_differ_per_row_and_padding_is_never_selected() -> No
     assert Positions.parse("last_prompt").mask(positions, lengths).tolist() == [0, 0, 1, 0, 0, 0, 1, 0]
     assert Positions.parse("all").mask(positions, lengths).tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
     assert Positions.parse("-2:").mask(positions, lengths).tolist() == [0, 1, 1, 1, 0, 1, 1, 1]
+    assert Positions.tokens([3]).mask(positions, lengths, torch.full((8,), 3)).tolist() == [0, 1, 1, 1, 1, 1, 1, 1]
 
 
 edges = st.one_of(st.integers(0, 30), st.integers(-9, -1), st.integers(0, 9).map(lambda n: f"P+{n}"), st.just("P"))
