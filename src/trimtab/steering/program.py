@@ -225,10 +225,7 @@ class SiteProgram:
             return
         bad = (~torch.isfinite(out) & torch.isfinite(h)).any()
         flag = self._flags.get(h.device)
-        if flag is None:
-            self._flags[h.device] = bad
-        else:
-            flag.logical_or_(bad)
+        self._flags[h.device] = bad if flag is None else flag | bad
 
     def _refuse(self, h: Tensor, out: Tensor, rows: Rows) -> None:
         made = (~torch.isfinite(out) & torch.isfinite(h)).reshape(-1, h.shape[-1]).any(dim=-1)
