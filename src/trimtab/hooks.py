@@ -379,8 +379,7 @@ def _find_module(model: nn.Module, point: HookPoint) -> nn.Module:
 def _refuse_compiled(module: nn.Module, path: str, point: HookPoint) -> None:
     forward = vars(module).get("forward", type(module).forward)
     compiled = (
-        "_orig_mod" in module._modules
-        or getattr(module, "_compiled_call_impl", None) is not None
+        getattr(module, "_compiled_call_impl", None) is not None
         or getattr(module, "_compiled_call", None) is not None
         or (hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False))
     )

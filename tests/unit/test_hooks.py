@@ -189,6 +189,9 @@ def test_falcons_in_place_addition_does_not_reach_captures_or_writes() -> None:
         run(model)
     before, after = kept["mlp"]
     assert torch.equal(after, before + VECTOR)
+    with hooks.attach(model, [(mlp, lambda x: kept["mlp"].append(x))]):
+        run(model)
+    assert torch.equal(kept["mlp"][2], before), "also where nobody writes"
     block = model.transformer.h[0]
     captured: list[Tensor] = []
     remover = block.mlp.register_forward_hook(lambda module, args, output: captured.append(output))
