@@ -187,8 +187,8 @@ def _direction(metric: str) -> int:
 
 
 def _difference(item: Recommendation, value: float) -> str:
-    ratio = any(word in item.metric.lower() for word in ("ratio", "rate"))
-    return fmt.points(value) if ratio else fmt.signed(value)
+    words = item.metric.lower().replace("_", " ").split()
+    return fmt.points(value) if "ratio" in words or "rate" in words else fmt.signed(value)
 
 
 def _interval(item: Recommendation) -> IntervalMark | None:

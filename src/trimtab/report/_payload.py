@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from trimtab._base import jsonio
+from trimtab.report._format import percent
 from trimtab.results import Analysis, CapStep, DriftCell, LogprobStep, TokenAgreement
 
 BUDGET = 1_050_000  # bytes of JSON; with the plotting bundle (1.5 MB) and the tables a page stays under 3 MB
@@ -105,7 +106,7 @@ def _tokens(item: TokenAgreement) -> dict[str, Any]:
     return {
         "tokens": list(item.tokens),
         "first": item.first_divergence,
-        "match": item.match_ratio,
+        "match": percent(item.match_ratio),
         "length_delta": item.length_delta,
         "margin": item.reference_margin,
         "smallest_margin": item.smallest_margin,

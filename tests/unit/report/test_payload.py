@@ -98,5 +98,11 @@ def test_budget_keeps_the_prompts_that_diverge_first(whole: Analysis, monkeypatc
     assert numbers["left_out"] == {"prompts": 3, "metrics": 4}
 
 
+def test_figures_and_tables_show_the_same_share(whole: Analysis) -> None:
+    pair = dataclasses.replace(whole.agreements[0], match_ratio=0.89999)
+    part = _payload.payload(dataclasses.replace(whole, agreements=(pair,)))["prompts"][0]
+    assert part["tokens"]["bf16"]["match"] == "89.9 %"
+
+
 def test_payload_is_plain_json(whole: Analysis) -> None:
     assert json.loads(jsonio.dumps(_payload.payload(whole)))["reference"] == "float32"

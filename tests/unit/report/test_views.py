@@ -61,6 +61,15 @@ def test_direction_of_the_metric_decides(whole: Analysis, metric: str, estimate:
     assert (answer.short, answer.tone) == (short, tone)
 
 
+def test_only_ratios_are_shown_in_points(whole: Analysis) -> None:
+    for metric, text in (
+        ("clamp rate", "+9.4 pp"),
+        ("match_ratio", "+9.4 pp"),
+        ("rel_l2 of generated rows", "+0.0938"),
+    ):
+        assert text in _analysis.view(with_recommendation(whole, metric=metric)).answers[2].detail
+
+
 def test_interval_marks_lie_in_order_around_zero(whole: Analysis) -> None:
     mark = _analysis.view(whole).interval
     assert mark is not None

@@ -80,7 +80,7 @@
       const svg = make("svg", { width: 24, height: 12, "aria-hidden": "true" });
       if (dash !== undefined) svg.append(make("path", { d: "M0 6h24", stroke: color, "stroke-width": 2, "stroke-dasharray": DASHARRAY[dash] }));
       if (symbol) svg.append(make("path", { d: SHAPES[symbol], ...(symbol === "x" ? { stroke: color, "stroke-width": 3 } : { fill: color }) }));
-      return element("span", { className: "key" }, svg, name);
+      return element("span", { className: "key" }, ...(svg.childElementCount ? [svg] : []), name);
     }));
   };
   const draw = (id, traces, layout, height) => {
@@ -175,7 +175,7 @@
     }
     const reference = now.reference_tokens;
     const margins = new Map((part("logprobs")?.steps ?? []).map((step, i) => [step, part("logprobs").margin[i]]));
-    $("tokens-note").textContent = `Upper line ${data.reference}, lower line ${state.config}; ${(100 * own.match).toFixed(1).replace(".0", "")} % equal.${own.first === null ? "" : " Dimmed after the first difference: from there on the texts are different ones."}`;
+    $("tokens-note").textContent = `Upper line ${data.reference}, lower line ${state.config}; ${own.match} equal.${own.first === null ? "" : " Dimmed after the first difference: from there on the texts are different ones."}`;
     const count = Math.max(reference.length, own.tokens.length);
     for (let i = 0; i < count; i += 1) {
       const differs = reference[i] !== own.tokens[i] || i === own.first;
@@ -282,7 +282,7 @@
       ...divergenceMark(), margin: { l: 8, r: 8, t: 26, b: 8 }, xaxis: axis({ title: "generated token", ...steps(), anchor: "y3" }),
       yaxis: small("cap_delta", [0.54, 1]), yaxis2: small("difference", [0.27, 0.47]), yaxis3: small("clamped, %", [0, 0.2], { range: [-4, 104], tickvals: [0, 50, 100] }),
     }, 430);
-    keys("cap", [...(hasReference ? [{ name: data.reference, ...ink }] : []), { name: `${state.config}, dots where clamped`, color: main.color, dash: "solid", symbol: "circle" }, ...(hasReference ? [{ name: "difference", color: colour("mark"), dash: "solid" }] : [])]);
+    keys("cap", [...(hasReference ? [{ name: data.reference, ...ink }] : []), { name: `${state.config}, dots where clamped`, color: main.color, dash: "solid", symbol: "circle" }, ...(hasReference ? [{ name: "difference", color: colour("mark"), dash: "solid" }] : []), ...(own.clamped.some(Boolean) ? [] : [{ name: "nothing was clamped in this generation" }])]);
     fill("cap", ["token", "p before", "cap_delta", `${data.reference} cap_delta`, "difference", "clamped"], () => own.steps.map((step, i) => [
       step, show(own.before[i]), show(own.delta[i]), show(own.reference[i]), show(difference[i]), own.clamped[i] ? "yes" : "no",
     ]));
