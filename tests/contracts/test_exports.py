@@ -69,7 +69,7 @@ def signatures() -> str:
 
 
 def test_signatures_change_on_purpose() -> None:
-    """Write them again with: python -m tests.contracts.test_exports > tests/gold/signatures.txt"""
+    """Write them again with: python tests/contracts/test_exports.py > tests/gold/signatures.txt"""
     assert signatures() == GOLD.read_text()
 
 
