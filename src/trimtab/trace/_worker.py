@@ -42,7 +42,7 @@ class Worker:
         self._pending: list[Any] = []
         self._pending_bytes = 0
         self._held = 0
-        self._wanted = 0  # bytes that a blocked producer waits for
+        self._waiting: list[int] = []  # bytes that blocked producers want to add
         self._oldest: float | None = None
         self._flushing = False
         self._closing = False
@@ -58,7 +58,7 @@ class Worker:
         condition = self._condition
         with condition:
             if self._held and self._held + cost > self._limit:
-                self._wait(lambda: not self._held or self._held + cost <= self._limit, wanted=cost)
+                self._wait(lambda: not self._held or self._held + cost <= self._limit, cost)
             if self.error is not None:
                 return
             if self._oldest is None:
@@ -74,7 +74,7 @@ class Worker:
         """Count bytes as no longer held."""
         with self._condition:
             self._held -= count
-            if self._wanted:
+            if self._waiting:
                 self._condition.notify_all()
 
     def fail(self, error: BaseException) -> None:
@@ -98,12 +98,13 @@ class Worker:
         if self._thread is not None:
             self._thread.join()
 
-    def _wait(self, done: Callable[[], bool], wanted: int = 0) -> None:
-        self._wanted = wanted
+    def _wait(self, done: Callable[[], bool], *wanted: int) -> None:
+        self._waiting.extend(wanted)
         self._condition.notify_all()
         while self.error is None and not done():
             self._condition.wait()
-        self._wanted = 0
+        for one in wanted:
+            self._waiting.remove(one)
 
     def _run(self, sink: Sink) -> None:
         try:
@@ -139,12 +140,13 @@ class Worker:
         return not ending and self.error is None
 
     def _ready(self) -> bool:
-        urgent = self.error or self._closing or self._flushing or self._wanted or self._due()
+        urgent = self.error or self._closing or self._flushing or self._waiting or self._due()
         return bool(urgent or self._pending_bytes >= _WAKE_BYTES)
 
     def _starved(self) -> bool:
         with self._condition:
-            return bool(self._wanted and not self._pending and self._held + self._wanted > self._limit)
+            wanted = min(self._waiting, default=None)
+            return wanted is not None and not self._pending and self._held + wanted > self._limit
 
     def _due(self) -> bool:
         return self._oldest is not None and time.monotonic() - self._oldest >= self._seconds

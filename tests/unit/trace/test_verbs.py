@@ -125,6 +125,8 @@ def test_an_interrupted_prune_loses_nothing(run: Path, monkeypatch: pytest.Monke
     monkeypatch.undo()
     problems = Trace.open(run).problems
     assert len(problems) == 1
+    switched = Trace.open(run).filter(step=0).index["shard"]
+    assert switched.is_null().all()  # the part named the thinned shard before the old one was to go
     assert "a shard that was replaced; trace repair deletes it" in problems[0]
     assert not Trace.open(run).damaged
     assert len(repair(run).deleted) == 1

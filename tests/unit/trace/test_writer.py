@@ -318,6 +318,77 @@ def test_resume_goes_on_where_the_run_ended(tmp_path: Path) -> None:
     assert len(parts(tmp_path / "run")) == 3
 
 
+def test_resume_recovers_the_shard_that_a_killed_writer_left(tmp_path: Path) -> None:
+    with open_writer(tmp_path / "run") as writer:
+        for step in range(3):
+            writer.write("x", torch.tensor([step]), step=step)
+            writer.flush()
+    rank = tmp_path / "run/rank-00000"
+    (rank / "closed.json").unlink()
+    (rank / "records/part-00002.parquet").unlink()
+    (rank / "tensors/.part-00003.safetensors.77.tmp").write_bytes(b"half")
+    with open_writer(tmp_path / "run", resume=True) as writer:
+        assert writer.write("x", torch.tensor([3]), step=3) == 3
+    trace = Trace.open(tmp_path / "run", incomplete_ok=False)
+    assert [trace.tensor(record).item() for record in trace.index["record_id"]] == [0, 1, 2, 3]
+    assert parts(tmp_path / "run", "tensors") == [f"part-{number:05d}.safetensors" for number in range(4)]
+
+
+def test_a_header_stays_under_the_limit_of_the_safetensors_library(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.trace._parts.HEADER_LIMIT", 60_000)
+    with open_writer(tmp_path / "run") as writer:
+        for step in range(100):
+            writer.write("n" * 500, torch.tensor(1.0), step=step)
+    shards = (tmp_path / "run/rank-00000/tensors").iterdir()
+    assert 2 <= len([shard for shard in shards if shard.stat().st_size < 60_000]) <= 10
+    assert Trace.open(tmp_path / "run", incomplete_ok=False).index.height == 100
+
+
+def test_several_blocked_producers_all_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate(monkeypatch)
+    writer = open_writer(tmp_path / "run", queue_bytes=20_000, part_bytes=5_000)
+    row = DoseRow(
+        config="c",
+        prompt=0,
+        request="r",
+        site="embed",
+        op="0:Add",
+        position=0,
+        p_before=0.0,
+        p_after=1.0,
+        cap_delta=0.0,
+        clamped=False,
+        ratio=1.0,
+    )
+    jobs = [lambda: writer.write("x", torch.zeros(1000))] * 10, [lambda: writer.write_dose([row] * 30)] * 10
+    threads = [threading.Thread(target=lambda jobs=jobs: [job() for job in jobs]) for jobs in jobs]
+    for thread in threads:
+        thread.start()
+    assert gate.reached.wait(60)
+    gate.open.set()
+    for thread in threads:
+        thread.join(20)  # parts are due by time after 30 s only
+    assert not any(thread.is_alive() for thread in threads)
+    writer.close()
+    trace = Trace.open(tmp_path / "run", incomplete_ok=False)
+    assert (trace.index.height, trace.dose.height) == (10, 300)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_tensors_of_a_gpu_are_copied_before_write_returns(tmp_path: Path) -> None:
+    small, large = torch.zeros(4, 3, device="cuda").t(), torch.zeros(1 << 20, device="cuda")
+    with open_writer(tmp_path / "run") as writer:
+        for step in range(3):
+            for tensor in (small, large):
+                tensor.fill_(step)
+                writer.write("x", tensor, step=step)
+    trace = Trace.open(tmp_path / "run", incomplete_ok=False)
+    assert all(trace.tensor(record).unique().tolist() == [record // 2] for record in range(6))
+
+
 def test_a_block_that_raises_commits_what_it_wrote_and_says_how_it_ended(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), open_writer(tmp_path / "run") as writer:
         writer.write("x", torch.ones(1))
