@@ -39,11 +39,17 @@ class Measured:
     warnings: tuple[str, ...] = ()
 
 
-def relative_rows(row_error: Floats, row_norm: Floats) -> Floats:
-    """|a - r| / max(|r|, 0.01 rms row norm) by row; 0 where both are 0, inf where only the denominator is."""
+def relative_rows(row_error: Floats, row_norm: Floats, least: float = 0.0) -> Floats:
+    """|a - r| / max(|r|, 0.01 rms row norm) by row; 0 where both are 0, inf where only the denominator is.
+
+    Args:
+        row_error: |a - r| by row.
+        row_norm: |r| by row.
+        least: a smaller denominator than this is raised to it.
+    """
     if row_error.size == 0:
         return row_error
-    floor = FLOOR * float(np.sqrt(np.mean(row_norm**2)))
+    floor = max(FLOOR * float(np.sqrt(np.mean(row_norm**2))), least)
     denominator = np.maximum(row_norm, floor)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = row_error / denominator

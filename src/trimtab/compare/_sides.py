@@ -38,7 +38,7 @@ class Side:
     label: str
     trace: Trace
     units: pl.DataFrame
-    """One row per unit: the key columns, and lists of record ids, orders, digests, positions, shapes."""
+    """One row per unit: the key columns, and lists of record ids, digests and positions."""
     tokens: Mapping[TokenKey, Tokens]
     manifest: Mapping[str, Any]
     problems: tuple[str, ...]
@@ -143,8 +143,6 @@ def _units(index: pl.DataFrame, keep_config: bool) -> pl.DataFrame:
             pl.col("record_id").alias("ids"),
             pl.col("digest").alias("digests"),
             pl.col("positions").alias("positions"),
-            pl.col("shape").alias("shapes"),
-            pl.col("dtype").alias("dtypes"),
             pl.col("shard").is_not_null().all().alias("stored"),
         )
     )

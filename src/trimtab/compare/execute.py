@@ -185,7 +185,7 @@ class Execution:
         self._noise_used = True
         error = 0.0 if found.same_digest else _noise_error(found, noise.reference.trace, noise.candidate.trace)
         self._noise_moved |= error > 0
-        return dataclasses.replace(model, error=error, source="noise run")
+        return dataclasses.replace(model, error=error, underflow=0.0, source="noise run")
 
     def _verify(self, pair: Pair) -> tuple[Side, str] | None:
         """Hash the stored bytes again; return the side and the reason when they are not what was written."""

@@ -261,7 +261,7 @@ def _coarse_rounding(evidence: Evidence, dtype: torch.dtype) -> Iterator[Fingerp
     fitting = [one for one in _COARSE if unit_roundoff(one) > unit_roundoff(dtype)]
     for coarse in sorted(fitting, key=unit_roundoff, reverse=True):  # a float8 is a bfloat16 too
         stays = _representable(evidence.candidate, coarse)
-        if stays and not _representable(evidence.reference, coarse) and size < 16 * unit_roundoff(coarse):
+        if stays and not _representable(evidence.reference, coarse) and size < 4 * unit_roundoff(coarse):
             roundings = f"the error is {size / unit_roundoff(coarse):.2g} of its roundings"
             detail = f"every value is one of {dtype_name(coarse)}, and {roundings}"
             yield Fingerprint(kind="coarse_rounding", detail=detail, explained=1.0, value=unit_roundoff(coarse))

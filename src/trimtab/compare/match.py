@@ -83,7 +83,7 @@ def match(reference: Side, candidate: Side) -> Matched:
     joined = joined.sort("first_order", "first_order_c", nulls_last=True, maintain_order=True)
     pairs: list[Pair] = []
     short: list[Short] = []
-    for row in joined.iter_rows(named=True):
+    for row in _rows(joined):
         key = _key(row)
         if row["ids"] is None or row["ids_c"] is None:
             short.append(_lonely(key, row, "reference" if row["ids_c"] is None else "candidate"))
@@ -93,6 +93,13 @@ def match(reference: Side, candidate: Side) -> Matched:
         else:
             pairs.append(_match_whole(key, row))
     return Matched(tuple(pairs), tuple(short), divergences, _warnings(reference, candidate, joined))
+
+
+def _rows(frame: pl.DataFrame) -> Iterator[dict[str, Any]]:
+    """The rows as dicts; columns are converted whole, which for lists is much faster than row by row."""
+    columns = {name: frame[name].to_list() for name in frame.columns}
+    for values in zip(*columns.values(), strict=True):
+        yield dict(zip(columns, values, strict=True))
 
 
 def _key(row: dict[str, Any]) -> RecordKey:

@@ -7,6 +7,8 @@ e^2 = (0.42 u_d)^2 (1 + 2 b) + (0.42 u_acc)^2 K. Here b and K are chosen for a r
   projections, activation, gate), counted in blocks as well. A tensor that names neither site nor layer has b = 0, and
   K = max(last dimension, 256): storage rounding and one reduction, and the verdict says so.
 - K = last dimension x (1 + b / 2): every block adds such reductions.
+- Near 0 the steps of a dtype are of one size s (6e-8 in float16, 2e-3 in float8_e4m3fn) and the error s / sqrt(12) of
+  an element, once per rounding, does not shrink with it: rows below that are judged against it.
 - u_d belongs to the coarser dtype of the pair, or to the models' when they computed in a coarser one than was
   recorded; u_acc is float64's where that dtype is float64, else float32's.
 
@@ -17,6 +19,7 @@ with these constants 0.8 to 2.3 everywhere. `docs/compare.md` has the figures.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +41,8 @@ class Expected:
     """The expected relative row error of one tensor and where it comes from."""
 
     error: float
+    underflow: float = 0.0
+    """rms error of one element near 0, where the dtype's steps are of one size; absolute."""
     source: str
     dtype: str
     blocks: int
@@ -84,7 +89,11 @@ def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int) -> Exp
         reduction_length=length * (2 + depth) // 2,
     )
     known = "" if blocks is not None else " (depth unknown: storage rounding and one reduction)"
-    return Expected(error=error, source=f"rounding model{known}", dtype=dtype_name(dtype), blocks=depth)
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    underflow = step / math.sqrt(12) * math.sqrt(1 + 2 * depth)
+    return Expected(
+        error=error, underflow=underflow, source=f"rounding model{known}", dtype=dtype_name(dtype), blocks=depth
+    )
 
 
 def _site(text: str) -> Site | None:

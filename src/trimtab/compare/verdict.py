@@ -187,24 +187,25 @@ def judge(
 def calibrate(limits: Calibrated, measured: Measured, expected: Expected, probe: Probe) -> Judgement:
     """The calibrated verdict; see `Calibrated`."""
     metrics, e = measured.metrics, expected.error
-    relative = relative_rows(measured.row_error, measured.row_norm)
+    relative = _relative(measured, expected)
     moved = relative[relative > 0]
     if moved.size == 0:
         return Judgement(status="passed", calibration=_calibration(limits, expected))
     rows = int(relative.size)
     ratio = _over(relative, e)
     spread = math.sqrt(2 * math.log(rows)) if rows > 1 else 1.0
+    above_underflow = _rms(measured) > _smallest(expected)
     found = _calibration(
         limits,
         expected,
         median=float(np.median(ratio)),
         worst=float(ratio.max()),
         worst_limit=limits.worst * max(spread, 1.0),
-        element=_element_ratio(limits, measured, e, probe),
+        element=_element_ratio(limits, measured, expected, probe),
         element_limit=limits.element * math.sqrt(2 * math.log(max(metrics.numel, 2))),
-        slope_deviation=abs(metrics.slope - 1),
-        mean_deviation=_mean_deviation(measured),
-        channel=_channel_ratio(measured, e, probe),
+        slope_deviation=abs(metrics.slope - 1) if above_underflow else 0.0,
+        mean_deviation=_mean_deviation(measured) if above_underflow else 0.0,
+        channel=_channel_ratio(measured, expected, probe),
         channel_limit=limits.worst * math.sqrt(2 * math.log(max(measured.width, 2))),
         systematic_limit=max(
             limits.systematic * float(np.median(moved)) / math.sqrt(min(rows, measured.width, 1024)), e
@@ -223,7 +224,7 @@ def lookup(measured: Measured, expected: Expected, probe: Probe, layer: int | No
 
     def value(name: str) -> float:
         if name in ("noise_ratio", "worst_noise_ratio"):
-            ratio = _over(relative_rows(measured.row_error, measured.row_norm), expected.error)
+            ratio = _over(_relative(measured, expected), expected.error)
             return 0.0 if ratio.size == 0 else float(np.median(ratio) if name == "noise_ratio" else ratio.max())
         if name == "ulp":
             ulp = probe.max_ulp()
@@ -283,19 +284,29 @@ def _judge_scale(scale: Scale, metrics: Metrics) -> Judgement:
     return Judgement(status="passed" if ok else "failed", reasons=() if ok else (said,), severity=severity)
 
 
+def _relative(measured: Measured, expected: Expected) -> Floats:
+    """Row errors over the larger of the row's norm and what underflow makes of a row of zeros."""
+    return relative_rows(measured.row_error, measured.row_norm, math.sqrt(measured.width) * _smallest(expected))
+
+
+def _smallest(expected: Expected) -> float:
+    """Size of an element below which its rounding no longer shrinks with it."""
+    return expected.underflow / expected.error if expected.error > 0 else 0.0
+
+
 def _over(relative: Floats, e: float) -> Floats:
     if e > 0:
         return relative / e
     return np.where(relative > 0, np.inf, 0.0)
 
 
-def _element_ratio(limits: Calibrated, measured: Measured, e: float, probe: Probe) -> float:
+def _element_ratio(limits: Calibrated, measured: Measured, expected: Expected, probe: Probe) -> float:
     """Worst element over e times its scale; the channel's rms is read only when the row's does not excuse it."""
-    metrics = measured.metrics
+    metrics, e = measured.metrics, expected.error
     row, channel = divmod(measured.worst_flat, measured.width)
     rms_row = float(measured.row_norm[row]) / math.sqrt(measured.width)
     rms_all = math.sqrt(float(np.mean(measured.row_norm**2)) / measured.width)
-    scale = max(abs(float(metrics.max_abs_reference)), rms_row, 0.01 * rms_all)
+    scale = max(abs(float(metrics.max_abs_reference)), rms_row, 0.01 * rms_all, _smallest(expected))
     limit = limits.element * math.sqrt(2 * math.log(max(metrics.numel, 2)))
     if e == 0:
         return math.inf if metrics.max_abs > 0 else 0.0
@@ -304,7 +315,7 @@ def _element_ratio(limits: Calibrated, measured: Measured, e: float, probe: Prob
     return math.inf if scale == 0 else metrics.max_abs / (e * scale)
 
 
-def _channel_ratio(measured: Measured, e: float, probe: Probe) -> float:
+def _channel_ratio(measured: Measured, expected: Expected, probe: Probe) -> float:
     """Worst channel's error over e times its own rms, where few channels hold the norm; 0 elsewhere.
 
     A massive channel sets the norm of every row and hides all others behind it. Elsewhere rows say it better: a channel
@@ -317,17 +328,19 @@ def _channel_ratio(measured: Measured, e: float, probe: Probe) -> float:
     if total == 0 or total**2 >= _CONCENTRATED * energy.size * float(np.sum(energy**2)):
         return 0.0
     rms = probe.channel_rms()
-    scale = np.maximum(rms, 0.1 * float(np.median(rms)))
+    scale = np.maximum(rms, max(0.1 * float(np.median(rms)), _smallest(expected)))
     moved = measured.channel_error > 0
     with np.errstate(divide="ignore"):
-        return float(np.max(measured.channel_error[moved] / (e * scale[moved])))
+        return float(np.max(measured.channel_error[moved] / (expected.error * scale[moved])))
 
 
 def _mean_deviation(measured: Measured) -> float:
-    metrics = measured.metrics
-    rms = math.sqrt(float(np.sum(measured.row_norm**2)) / max(metrics.numel, 1))
-    difference = abs(measured.mean_error)
+    rms, difference = _rms(measured), abs(measured.mean_error)
     return difference / rms if rms > 0 else (math.inf if difference > 0 else 0.0)
+
+
+def _rms(measured: Measured) -> float:
+    return math.sqrt(float(np.sum(measured.row_norm**2)) / max(measured.metrics.numel, 1))
 
 
 def _shared(deviations: Floats, least: float) -> float:

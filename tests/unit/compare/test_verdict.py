@@ -80,6 +80,16 @@ def test_rounding_passes_on_hard_shapes(shape: Callable[[Tensor], Tensor], dtype
     assert judged(reference, reference.to(dtype)).status == "passed"
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 1e-6), (torch.float8_e4m3fn, 0.005), (torch.float8_e5m2, 1e-5)]
+)
+@pytest.mark.parametrize("rows", [1, 256])
+def test_underflow_passes(dtype: torch.dtype, size: float, rows: int) -> None:
+    reference = normal(rows) * size
+    assert judged(reference, reference.to(dtype)).status == "passed"
+    assert judged(reference, (reference * 50).to(dtype)).status == "failed"
+
+
 def test_two_summation_orders_pass() -> None:
     x, w = normal(128, 1024), normal(512, 1024, seed=1)
     split = sum((a @ b.T for a, b in zip(x.chunk(8, 1), w.chunk(8, 1), strict=True)), torch.zeros(128, 512))
@@ -142,6 +152,49 @@ def test_everything_random_behind_a_massive_channel_fails() -> None:
     assert found.calibration.median < 8  # the rows alone would not say it
     assert found.calibration.channel > found.calibration.channel_limit
     assert found.status == "failed"
+
+
+def test_one_element_fails_where_its_row_hides_it() -> None:
+    reference = normal(64, 4096)
+    reference[5, 9] = 1.0
+    found = judged(reference, element_at(reference, 5, 9, -1.0).bfloat16())
+    assert found.calibration is not None
+    assert found.calibration.worst < 2 * found.calibration.worst_limit
+    assert found.calibration.element > 2 * found.calibration.element_limit
+    assert found.status == "failed"
+
+
+def element_at(x: Tensor, row_index: int, channel: int, value: float) -> Tensor:
+    x = x.clone()
+    x[row_index, channel] = value
+    return x
+
+
+def test_a_column_of_large_values_excuses_the_element_in_it() -> None:
+    reference = normal(256, 1024)
+    reference[:, 3] *= 30
+    reference[9, 3] = 0.001  # small by chance; its error is that of its column
+    candidate = element_at(reference, 9, 3, 0.4)
+    found = judged(reference, candidate.bfloat16())
+    assert found.status == "passed" and found.calibration is not None
+    assert found.calibration.element == pytest.approx(0.4 / (0.42 * 2**-8 * 30), rel=0.1)
+
+
+def test_rows_that_almost_cancel_are_judged_by_the_others() -> None:
+    reference = normal()
+    reference[::3] *= 1e-4
+    candidate = reference + 1e-5 * normal(seed=3)  # a tenth of those rows, a hundredth of a rounding of the others
+    assert judged(reference, candidate.bfloat16()).status == "passed"
+
+
+def test_an_error_of_what_all_rows_share_is_no_scale_error() -> None:
+    common = normal(1, 512, seed=4)
+    reference = common + 0.3 * normal()
+    candidate = reference + 2 * 0.42 * 2**-8 * common
+    found = judged(reference, candidate.bfloat16())
+    assert found.calibration is not None
+    assert found.calibration.slope_deviation > found.calibration.slope_limit
+    assert not found.calibration.systematic and found.status == "passed"
 
 
 def test_between_the_limits_is_inconclusive() -> None:

@@ -27,15 +27,16 @@ from trimtab.results.comparison import (
 
 KEY = RecordKey(name="h<b>", layer=2, phase="fwd_bwd", step=3, rank=0)
 METRICS = Metrics(
-    numel=4, rows=2, mae=0.1, rmse=0.2, max_abs=0.5, max_abs_index=(1, 0), max_abs_reference=2**62, max_abs_candidate=2**62 + 1,
-    rel_l2=math.inf, rel_diff=1.0, cosine=math.nan, cosine_min=-1.0, slope=1.0, mean_reference=0.0, mean_candidate=0.0,
+    numel=4, rows=2, mae=0.1, rmse=0.2, max_abs=0.5, max_abs_index=(1, 0), max_abs_reference=2**62,
+    max_abs_candidate=2**62 + 1, rel_l2=math.inf, rel_diff=1.0, cosine=math.nan,
+    cosine_min=-1.0, slope=1.0, mean_reference=0.0, mean_candidate=0.0,
     nan_reference=0, nan_candidate=1, inf_reference=0, inf_candidate=0, nonfinite_match=False, worst_row=1,
     worst_row_error=math.inf, worst_channel=0, worst_channel_rms=0.3, differing=2,
 )  # fmt: skip
 CALIBRATION = Calibration(
-    expected=1e-3, source="rounding model", dtype="bfloat16", blocks=9, median=5.0, median_limit=4.0, worst=9.0, worst_limit=11.0,
-    slope_deviation=0.1, slope_limit=0.2, mean_deviation=0.0, mean_limit=0.2, element=1.0, element_limit=30.0, channel=0.0,
-    channel_limit=10.0, systematic=False, excess=1.25,
+    expected=1e-3, source="rounding model", dtype="bfloat16", blocks=9, median=5.0, median_limit=4.0,
+    worst=9.0, worst_limit=11.0, slope_deviation=0.1, slope_limit=0.2, mean_deviation=0.0, mean_limit=0.2, element=1.0,
+    element_limit=30.0, channel=0.0, channel_limit=10.0, systematic=False, excess=1.25,
 )  # fmt: skip
 COUNT = SideCount(expected=None, found=3, compared=2, unmatched=1, skipped=0, corrupt=0)
 
@@ -144,8 +145,10 @@ def test_the_frame_has_one_row_per_pair() -> None:
     ("key", "text"),
     [
         (RecordKey(name="h"), "h phase= step=0"),
-        (RecordKey(site="layers.1.q", layer=1, prompt=2, request="r", edit="after"), "layers.1.q prompt=2 request=r edit=after"),
-        (RecordKey(name="w", kind="grad", phase="p", step=1, micro_step=2, rank=3, call_index=4, recompute=True, occurrence=1),
+        (RecordKey(site="layers.1.q", layer=1, prompt=2, request="r", edit="after"),
+         "layers.1.q prompt=2 request=r edit=after"),
+        (RecordKey(name="w", kind="grad", phase="p", step=1, micro_step=2, rank=3, call_index=4, recompute=True,
+                   occurrence=1),
          "w phase=p step=1 micro_step=2 rank=3 kind=grad call=4 recompute occurrence=1"),
     ],
 )  # fmt: skip
@@ -154,5 +157,5 @@ def test_keys_name_their_record(key: RecordKey, text: str) -> None:
 
 
 def test_reading_a_result_needs_no_torch() -> None:
-    code = "import sys; import trimtab.results.comparison; assert 'torch' not in sys.modules and 'polars' not in sys.modules"
+    code = "import sys; import trimtab.results.comparison; assert not {'torch', 'polars'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
