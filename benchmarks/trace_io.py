@@ -176,7 +176,7 @@ def measure(quick: bool) -> Iterator[Measured]:
         # level "values": digest, statistics and the tensor itself, which is more than the claim asks for
         yield Measured(name="write_8kb_with_statistics", samples=[cpu for _, cpu in rates["values"]], notes=notes)
 
-        ratios, raws = share_of_raw(folder, 4, 256 if quick else 1024, 5 if quick else 9)
+        ratios, raws = share_of_raw(folder, 4, 384 if quick else 1024, 5 if quick else 9)
         extra = {"raw_bytes_per_second": statistics.median(raws)}
         if not quick:
             extra["share_for_16_mb_tensors"] = statistics.median(share_of_raw(folder, 16, 1024, 3)[0])
