@@ -131,7 +131,7 @@ def add_claim(pairs: int) -> Measured:
 # -- memory: each case in a process of its own, because a peak never falls
 
 QUEUE = 4 << 20
-TOKENS = 256
+TOKENS = 128
 
 
 def peak_megabytes() -> float:
@@ -143,7 +143,7 @@ def memory_case(captures: bool) -> list[float]:
     backend = open_backend("hf", make_model(), batch_size=8)
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
-        for new in (TOKENS, 8 * TOKENS - PROMPT):
+        for new in (TOKENS, 8 * TOKENS):
             wanted = requests(prompts(8), new)
             if captures:
                 path = Path(folder) / str(new)
@@ -169,7 +169,7 @@ def memory_claim() -> Measured:
 
 def measure(quick: bool) -> Iterator[Measured]:
     torch.set_num_threads(1)
-    pairs = 15 if quick else 30
+    pairs = 15 if quick else 40
     yield from capture_claims(pairs)
     yield add_claim(pairs)
     yield memory_claim()

@@ -1,13 +1,13 @@
 """Rows of sites, gathered per request and handed to the writer in bounded pieces.
 
-Prompt rows go out as soon as their site has run. Decode rows collect in one buffer per site, which is written when it
-is full, so memory does not grow with the number of generated tokens.
+Prompt rows go out as soon as their site has run. Decode rows are held back per site and written when their share of the
+memory is full, so memory does not grow with the number of generated tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from trimtab.sites import Site
 if TYPE_CHECKING:
     from trimtab.trace import Writer
 
-_MAX_STEPS = 256  # decode steps that a buffer holds at most, whatever its width
+_MAX_STEPS = 128  # decode steps that wait at most, whatever their width
 
 
 class RowOwner(NamedTuple):
@@ -49,8 +49,10 @@ class Slot:
     members: tuple[int, ...]
     """Requests, as indices into the batch."""
     module_path: str | None = None
-    buffer: Tensor | None = None
-    passes: list[Taken] | None = None
+    held: Tensor | None = None
+    """[steps, batch, 1, ...]: room for the decode steps that wait to be written."""
+    passes: list[Taken] = field(default_factory=list)
+    """The steps that wait."""
 
 
 class RowSink:
@@ -62,7 +64,7 @@ class RowSink:
         slots: how many slots will be used, to share the memory.
         config: name of the configuration.
         counts: rows written per site, added to.
-        buffer_bytes: memory of all decode buffers together.
+        buffer_bytes: memory of all decode rows that wait.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class RowSink:
         Raises:
             BackendError: the site does not hold one row per token.
         """
-        if x.dim() < 2 or x.shape[:2] != (len(self._owners), taken.width):
+        if x.shape[:2] != (len(self._owners), taken.width):
             raise BackendError(
                 f"{slot.site} has the shape {tuple(x.shape)}; rows are captured from [{len(self._owners)}, "
                 f"{taken.width}, ...], one per token; record other tensors with the dumper"
@@ -101,8 +103,8 @@ class RowSink:
             self.flush(slot)
             for member in slot.members:
                 self._write_prompt(slot, x, member, taken)
-        elif any(taken.places[member] for member in slot.members):
-            self._buffer(slot, x, taken)
+        elif any([taken.places[member] for member in slot.members]):
+            self._hold(slot, x, taken)
 
     def _write_prompt(self, slot: Slot, x: Tensor, member: int, taken: Taken) -> None:
         places = taken.places[member]
@@ -113,31 +115,30 @@ class RowSink:
         rows = x[member, first : last + 1] if whole else x[member, torch.tensor(places, device=x.device)]
         self._write(slot, rows, member, taken.positions[member])
 
-    def _buffer(self, slot: Slot, x: Tensor, taken: Taken) -> None:
-        rows = x[:, 0] if len(slot.members) == x.shape[0] else x[list(slot.members), 0]
-        if slot.buffer is None or slot.passes is None:
-            row_bytes = rows.numel() * rows.element_size()
-            steps = max(1, min(_MAX_STEPS, self._slot_bytes // max(row_bytes, 1)))
-            slot.buffer = rows.new_empty((rows.shape[0], steps, *rows.shape[1:]))
-            slot.passes = []
-        slot.buffer[:, len(slot.passes)] = rows
+    def _hold(self, slot: Slot, x: Tensor, taken: Taken) -> None:
+        if slot.held is None:
+            # one block per slot, used again and again: small copies between the cache's growing tensors would
+            # fragment the heap
+            steps = max(1, min(_MAX_STEPS, self._slot_bytes // max(x.numel() * x.element_size(), 1)))
+            slot.held = x.new_empty((steps, *x.shape))
+        slot.held[len(slot.passes)].copy_(x)
         slot.passes.append(taken)
-        if len(slot.passes) == slot.buffer.shape[1]:
+        if len(slot.passes) == len(slot.held):
             self.flush(slot)
 
     def flush(self, slot: Slot) -> None:
         """Write what a slot holds back."""
-        if slot.buffer is None or not slot.passes:
+        if slot.held is None or not slot.passes:
             return
         passes, slot.passes = slot.passes, []
-        held = slot.buffer[:, : len(passes)].to("cpu")
-        for place, member in enumerate(slot.members):
+        held = slot.held[: len(passes), :, 0].to("cpu")
+        for member in slot.members:
             columns = [column for column, taken in enumerate(passes) if taken.places[member]]
             if not columns:
                 continue
-            rows = held[place, columns[0] : columns[-1] + 1]
+            rows = held[columns[0] : columns[-1] + 1, member]
             if len(rows) != len(columns):
-                rows = held[place, columns]
+                rows = held[columns, member]
             self._write(slot, rows, member, [passes[column].positions[member][0] for column in columns])
 
     def _write(self, slot: Slot, rows: Tensor, member: int, positions: list[int]) -> None:
