@@ -30,7 +30,7 @@ _GROUPS = {
             "show": "Show one record.",
             "verify": "Re-hash every tensor.",
             "repair": "Rebuild the index of an interrupted trace from its shards.",
-            "prune": "Delete records that are not needed.",
+            "prune": "Delete stored values that are not needed.",
         },
     ),
     "testbed": ("The embedded model.", {"build": "Retrain the embedded model from its seed."}),

@@ -56,7 +56,7 @@ def prune(
     dry_run: Annotated[bool, Parameter(negative="")] = False,
     output: Output = Output(),
 ) -> int:
-    """Delete records that are not needed.
+    """Delete stored values that are not needed; rows, digests and statistics stay.
 
     Args:
         path: directory of the trace.

@@ -23,6 +23,7 @@ from trimtab.results import (
     PromptInfo,
     TokenAgreement,
 )
+from trimtab.results.analysis import SIGNIFICANT_DRIFT
 from trimtab.workflows import _drift, _sweep_files
 from trimtab.workflows._agreement import Match, Tokens, explain, match
 from trimtab.workflows._drift import Side
@@ -247,7 +248,7 @@ def _row(work: _Work, files: SweepFiles, config: SweepConfig, *, reference: bool
         num_prompts=len(work.prompts),
         identical_prompts=len(work.prompts) - len(divergences),
         match_ratio=ratio,
-        significant_drift=any(one.significant_drift for one in mine),
+        significant_drift=ratio < SIGNIFICANT_DRIFT,
         first_divergence=min(divergences, default=None),
         rel_l2_mean=statistics.fmean(cell.rel_l2 for cell in cells) if cells else None,
         rel_l2_max=max((cell.rel_l2 for cell in cells), default=None),
