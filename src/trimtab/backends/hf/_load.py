@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from trimtab import testbed
 from trimtab._base.log import get_logger
+from trimtab.backends._memory import out_of_memory
 from trimtab.backends.hf import _digest
 from trimtab.errors import BackendError, InputError
 from trimtab.numerics.dtypes import dtype_name, resolve_dtype
@@ -44,7 +44,7 @@ def load(
 
     Raises:
         InputError: no such model, or an argument that a module cannot follow.
-        BackendError: a model whose arithmetic is not what its dtype says.
+        BackendError: compiled, spread over devices, or too large.
     """
     if isinstance(model, nn.Module):
         return _take_module(model, tokenizer, dtype, device, attention)
@@ -52,14 +52,27 @@ def load(
     place = str(testbed.path()) if name == "testbed" else _locate(name)
     target = resolve_dtype("float32" if dtype is None else dtype)
     try:
-        config = transformers.AutoConfig.from_pretrained(place, revision=revision)
-        implementation, notes = _attention(config, attention)
-        module = _model_class(config).from_pretrained(
-            place, dtype=target, attn_implementation=implementation, revision=revision
-        )
-        words = tokenizer or transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+        with out_of_memory(f"loading {name!r} as {dtype_name(target)}", "load it in a smaller dtype"):
+            return _from_pretrained(place, name, target, tokenizer, device, attention, revision)
     except (OSError, ValueError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
+
+
+def _from_pretrained(
+    place: str,
+    name: str,
+    target: torch.dtype,
+    tokenizer: Any,
+    device: str | None,
+    attention: str | None,
+    revision: str | None,
+) -> Loaded:
+    config = transformers.AutoConfig.from_pretrained(place, revision=revision)
+    implementation, notes = _attention(config, attention)
+    module = _model_class(config).from_pretrained(
+        place, dtype=target, attn_implementation=implementation, revision=revision
+    )
+    words = tokenizer or transformers.AutoTokenizer.from_pretrained(place, revision=revision)
     if target is torch.float64 and hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("eager")  # grouped_mm refuses float64
     module.to(device or default_device())
@@ -101,10 +114,10 @@ def module_device(model: nn.Module) -> torch.device:
 
 
 def check_module(model: nn.Module) -> None:
-    """Refuse a model that would not compute what its dtype and its hooks say.
+    """Refuse a model that runs compiled code.
 
     Raises:
-        BackendError: compiled, or with rotary tables rounded by a cast.
+        BackendError: hooks that are set now would be ignored.
     """
     for name, module in model.named_modules():
         if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
@@ -113,23 +126,6 @@ def check_module(model: nn.Module) -> None:
                 f"the model cannot be hooked: {where} compiled by torch.compile, and hooks that are added afterwards "
                 "are ignored without a word; give the model as it was before compiling"
             )
-    for name, buffer in model.named_buffers():
-        if name.rpartition(".")[2].endswith("inv_freq") and _is_rounded(buffer):
-            raise BackendError(
-                f"{name} was rounded to 16 bits, as model.to(dtype) and model.half() do: positions would be wrong by "
-                "far more than the dtype explains; load the model with from_pretrained(..., dtype=...) instead"
-            )
-
-
-def _is_rounded(table: torch.Tensor) -> bool:
-    if not table.is_floating_point() or table.numel() < 2:
-        return False
-    wide = table.detach().double()
-    if any(bool((wide.to(dtype).double() == wide).all()) for dtype in (torch.bfloat16, torch.float16)):
-        # tables of exact powers of two are not rounded ones
-        mantissa, _ = torch.frexp(wide[wide > 0])
-        return bool((mantissa != 0.5).any())
-    return False
 
 
 def _take_module(
@@ -152,9 +148,8 @@ def _take_module(
             f"the model runs {current!r} attention and attention={attention!r} was asked for; call "
             f"model.set_attn_implementation({attention!r}) first"
         )
-    notes = _softcap_note(model.config, current)
     model_id = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return Loaded(model, tokenizer, model_id, _digest.of_module(model), notes)
+    return Loaded(model, tokenizer, model_id, _digest.of_module(model), ())
 
 
 def _locate(name: str) -> str:
@@ -185,22 +180,11 @@ def _softcap(config: Any) -> float | None:
 
 def _attention(config: Any, asked: str | None) -> tuple[str | None, tuple[str, ...]]:
     """Choose the attention implementation: what was asked for, or eager where sdpa drops a softcap."""
-    if asked is not None:
-        return asked, _softcap_note(config, asked)
-    if _softcap(config) is None:
-        return None, ()
+    if asked is not None or _softcap(config) is None:
+        return asked, ()
     note = "eager attention was chosen: sdpa drops this model's attention softcap"
     _LOG.info(note)
     return "eager", (note,)
-
-
-def _softcap_note(config: Any, implementation: str) -> tuple[str, ...]:
-    cap = _softcap(config)
-    if cap is None or implementation != "sdpa":
-        return ()
-    note = f"sdpa attention drops this model's attention softcap of {cap:g}; eager attention keeps it"
-    warnings.warn(note, UserWarning, stacklevel=4)
-    return (note,)
 
 
 def _one_line(error: BaseException) -> str:

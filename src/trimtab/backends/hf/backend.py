@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
-from trimtab._base.log import get_logger
-from trimtab.architectures import describe
+from trimtab.architectures import check_model, describe
 from trimtab.backends._encode import encode
 from trimtab.backends._item import Item, check_request
+from trimtab.backends._memory import out_of_memory
 from trimtab.backends._sampling import Sampler
 from trimtab.backends._tokens import token_rows
 from trimtab.backends.base import (
@@ -40,8 +42,6 @@ from trimtab.steering.dose import Detail
 
 if TYPE_CHECKING:
     from trimtab.trace import Writer
-
-_LOG = get_logger(__name__)
 
 
 class HFBackend:
@@ -114,9 +114,13 @@ class HFBackend:
             notes=loaded.notes + self.map.notes,
         )
         self.checks: dict[str, float | bool] = {}
-        if verify:
-            with self._running():
+        with self._running():
+            doubts = check_model(self.model)
+            if verify:
                 self.checks = probe(self.model, self.map, where)
+        for doubt in doubts:
+            warnings.warn(doubt, UserWarning, stacklevel=3)
+        self.info = replace(self.info, notes=self.info.notes + doubts)
 
     def sites(self) -> tuple[Site, ...]:
         """Return the sites that can be captured and steered, in the order of a forward pass."""
@@ -154,7 +158,8 @@ class HFBackend:
                 run = BatchRun(
                     self._setting, self._layout(batch), batch, plan=plan, writer=writer, config=config, detail=detail
                 )
-                doses = run.generate(allow_unfired=allow_unfired)
+                with self._memory(batch):
+                    doses = run.generate(allow_unfired=allow_unfired)
                 for item, dose in zip(batch, doses, strict=True):
                     if writer is not None:
                         writer.write_tokens(token_rows(self.tokenizer, item, config))
@@ -182,7 +187,8 @@ class HFBackend:
             for start in range(0, len(items), self._batch_size):
                 batch = items[start : start + self._batch_size]
                 run = BatchRun(self._setting, self._layout(batch), batch)
-                logprobs = run.score()
+                with self._memory(batch):
+                    logprobs = run.score()
                 found += [
                     Score(ids=item.prompt.ids, logprobs=tuple(values))
                     for item, values in zip(batch, logprobs, strict=True)
@@ -237,6 +243,11 @@ class HFBackend:
                 torch.set_float32_matmul_precision(precision)
             for module in training:
                 module.training = True
+
+    def _memory(self, batch: Sequence[Item]) -> AbstractContextManager[None]:
+        longest = max(item.length + item.request.budget for item in batch)
+        what = f"a batch of {len(batch)} requests of up to {longest} tokens"
+        return out_of_memory(what, f"lower batch_size ({self._batch_size}) or the tokens per request")
 
     def _decode(self, tokens: Sequence[int]) -> str:
         return "" if self.tokenizer is None else str(self.tokenizer.decode(tokens, skip_special_tokens=True))
