@@ -67,7 +67,8 @@ def verdict(case: Case, limits: Calibrated) -> tuple[Judgement, float]:
         expected = expected_error(torch.float32, blocks=0, width=1)
     else:
         dtype = coarser(dtype, DTYPES.get(case.dtype, FP8.get(case.dtype, torch.float64)))
-        expected = expected_error(dtype, blocks=blocks_upstream(case.key, case.layers), width=aligned.width)
+        blocks = blocks_upstream(case.key, case.layers)
+        expected = expected_error(dtype, blocks=blocks, width=aligned.width, kind=case.key.kind)
     return judge(limits, measured, expected, aligned, rule=None, layer=case.key.layer), expected.error
 
 

@@ -19,6 +19,7 @@ __all__ = [
     "Comparison",
     "ComparisonPlan",
     "Fixed",
+    "Rule",
     "Rules",
     "compare",
     "find_fingerprints",
@@ -52,8 +53,8 @@ def compare(
         candidate: the run under test.
         verdict: "calibrated", `Fixed(...)`, `Rules(...)`, or a published scale: "sglang", "rel_diff_bands", "msprobe".
         rules: "regex: predicate" for single tensors, first match wins; `verdict` judges the others.
-        noise: a repeat of the reference with another batch composition or one-ulp input noise, or two such runs; what
-            they differ by replaces the rounding model.
+        noise: a repeat of the reference with another batch or one-ulp input noise, or two such runs; their difference
+            replaces the rounding model.
         waive: globs on names of what may be missing, skipped or inconclusive, alone or as "kind:name"; "failed:name"
             waives a failure.
         expect: a JSON file that says what must be there, on both sides; see `docs/compare.md`.
@@ -72,8 +73,7 @@ def compare(
         TraceError: a path that is no trace.
 
     Example:
-        >>> result = compare("runs/ref", "runs/cand")  # doctest: +SKIP
-        >>> print(summarise(result))  # doctest: +SKIP
+        >>> print(summarise(compare("runs/ref", "runs/cand")))  # doctest: +SKIP
     """
     return run(
         plan_comparison(

@@ -175,7 +175,8 @@ class Execution:
             dtype = coarser(dtype, self.plan.compute_dtype)
         if not (dtype.is_floating_point or dtype.is_complex):
             return Expected(error=0.0, source="exact", dtype=dtype_name(dtype), blocks=0)
-        model = expected_error(dtype, blocks=blocks_upstream(pair.key, self.plan.num_layers), width=aligned.width)
+        blocks = blocks_upstream(pair.key, self.plan.num_layers)
+        model = expected_error(dtype, blocks=blocks, width=aligned.width, kind=pair.key.kind)
         noise = self.plan.noise
         if noise is None:
             return model
@@ -185,7 +186,7 @@ class Execution:
         self._noise_used = True
         error = 0.0 if found.same_digest else _noise_error(found, noise.reference.trace, noise.candidate.trace)
         self._noise_moved |= error > 0
-        return dataclasses.replace(model, error=error, underflow=0.0, source="noise run")
+        return dataclasses.replace(model, error=error, common=error, underflow=0.0, source="noise run")
 
     def _verify(self, pair: Pair) -> tuple[Side, str] | None:
         """Hash the stored bytes again; return the side and the reason when they are not what was written."""

@@ -41,6 +41,8 @@ class Expected:
     """The expected relative row error of one tensor and where it comes from."""
 
     error: float
+    common: float = 0.0
+    """Relative error that all elements may share: e, twice that for gradients, which all carry the loss's error."""
     underflow: float = 0.0
     """rms error of one element near 0, where the dtype's steps are of one size; absolute."""
     source: str
@@ -72,13 +74,14 @@ def blocks_upstream(key: RecordKey, num_layers: int | None) -> int | None:
     return layer + WITHIN_STREAM + (1 if site.point == "resid_post" else 0)
 
 
-def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int) -> Expected:
+def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int, kind: str = "value") -> Expected:
     """Evaluate the rounding model.
 
     Args:
         dtype: the coarser dtype.
         blocks: blocks of roundings upstream; None is unknown and counts as 0.
         width: length of the last dimension.
+        kind: the record's kind: "value", "grad", "param" or "optim".
     """
     depth = blocks or 0
     length = max(width, 1 if blocks is not None else UNKNOWN_REDUCTION)
@@ -92,7 +95,12 @@ def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int) -> Exp
     step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     underflow = step / math.sqrt(12) * math.sqrt(1 + 2 * depth)
     return Expected(
-        error=error, underflow=underflow, source=f"rounding model{known}", dtype=dtype_name(dtype), blocks=depth
+        error=error,
+        common=2 * error if kind == "grad" else error,
+        underflow=underflow,
+        source=f"rounding model{known}",
+        dtype=dtype_name(dtype),
+        blocks=depth,
     )
 
 

@@ -52,10 +52,10 @@ class Calibrated:
     when one is exceeded `fail` times or the error is systematic; inconclusive between. Where few channels hold the norm
     (massive activations), every channel's error over its own rms is held to `worst` sqrt(2 ln d) e as well.
 
-    Systematic: |slope - 1| or |mean error| / rms(r) above e and above `systematic` nu e / sqrt(min(n, d, 1024)), and
-    shared by the channels: the median of what their centred columns show deviates from 0 by more than `shared` of its
-    standard errors. An error of one row, of one rounded weight or of a massive channel is common to many elements; it
-    is no bias.
+    Systematic: |slope - 1| or |mean error| / rms(r) above e (2 e for gradients, which share the loss's error) and above
+    `systematic` nu e / sqrt(min(n, d, 1024)), and shared by the channels: the median of what their centred columns show
+    deviates from 0 by more than `shared` of its standard errors. An error of one row, of one rounded weight or of a
+    massive channel is common to many elements; it is no bias.
     """
 
     median: float = 4.0
@@ -208,7 +208,8 @@ def calibrate(limits: Calibrated, measured: Measured, expected: Expected, probe:
         channel=_channel_ratio(measured, expected, probe),
         channel_limit=limits.worst * math.sqrt(2 * math.log(max(measured.width, 2))),
         systematic_limit=max(
-            limits.systematic * float(np.median(moved)) / math.sqrt(min(rows, measured.width, 1024)), e
+            limits.systematic * float(np.median(moved)) / math.sqrt(min(rows, measured.width, 1024)),
+            expected.common,
         ),
         probe=probe,
     )
