@@ -10,8 +10,9 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 VLLM_C
 
 .PHONY: demo test test-full check format bench bench-peers docs clean prerequisites-demo prerequisites-test
 
+# The embedded model is so small that a second thread costs more than it brings.
 demo: $(VENV)/.base
-	$(BIN)/trimtab demo --out runs/demo
+	OMP_NUM_THREADS=1 $(BIN)/trimtab demo --out runs/demo
 
 test: $(VENV)/.test
 	$(PYTEST) -n 2 --dist loadgroup -m "not full and not gpu" $(ARGS)
