@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from trimtab.backends import Backend, open_backend
 from trimtab.testing.conformance import BackendConformance
@@ -47,6 +48,4 @@ class TestBfloat16(BackendConformance):
     @pytest.fixture(scope="class")
     @classmethod
     def backend(cls) -> Backend:
-        from torch import bfloat16
-
-        return open_backend("hf", tiny("qwen2", dtype=bfloat16), tokenizer=tiny_tokenizer())
+        return open_backend("hf", tiny("qwen2", dtype=torch.bfloat16), tokenizer=tiny_tokenizer())

@@ -113,7 +113,7 @@ class RowSink:
         first, last = places[0], places[-1]
         whole = last - first + 1 == len(places)
         rows = x[member, first : last + 1] if whole else x[member, torch.tensor(places, device=x.device)]
-        self._write(slot, rows, member, taken.positions[member])
+        self._write(slot, rows.to("cpu"), member, taken.positions[member])
 
     def _hold(self, slot: Slot, x: Tensor, taken: Taken) -> None:
         if slot.held is None:

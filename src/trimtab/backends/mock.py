@@ -155,6 +155,8 @@ class MockBackend:
         items = [self._item(name, request) for name, request in zip(name_requests(requests), requests, strict=True)]
         done = []
         for item in items:
+            if capture is not None:
+                Positions.parse(capture.positions).check(item.length)
             self._decode(item)
             owner = DoseOwner(item.name, item.request.prompt_index, item.program, item.length)
             ledger = DoseLedger([owner], config=config, writer=writer)

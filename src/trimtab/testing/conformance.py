@@ -21,7 +21,15 @@ import torch
 from torch import Tensor
 
 from trimtab.backends import Backend, Capture, Generation, Message, Request, Sampling, num_rows, perplexity
-from trimtab.errors import InputError, NonFiniteError, SiteError, TrimtabError, UnfiredError, VectorError
+from trimtab.errors import (
+    InputError,
+    NonFiniteError,
+    PositionError,
+    SiteError,
+    TrimtabError,
+    UnfiredError,
+    VectorError,
+)
 from trimtab.numerics import tolerances
 from trimtab.sites import Site
 from trimtab.steering import Ablate, Add, Cap, Op, Steering
@@ -543,6 +551,11 @@ class BackendConformance:
             backend.generate(twins)
         with pytest.raises(InputError, match="without a writer"):
             backend.generate([Request(prompt=self.ids(3))], capture=Capture(sites=("logits",)))
+
+    def test_captured_positions_before_the_prompt_are_refused(self, backend: Backend) -> None:
+        """A range that begins before the sequence cannot be met; both numbers are named."""
+        with pytest.raises(PositionError, match=r"-9:P.*\b4 tokens"):
+            self.run(backend, [Request(prompt=self.ids(4), max_new_tokens=1)], positions="-9:P")
 
     def test_an_op_that_selects_no_row_is_refused_with_its_reason(self, backend: Backend) -> None:
         """`no such row` and `never matched` raise, unless that is allowed; then the reason is in the dose."""

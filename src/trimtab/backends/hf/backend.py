@@ -150,6 +150,9 @@ class HFBackend:
         """
         plan = self._plan(capture, writer)
         items = [self._item(name, request) for name, request in zip(name_requests(requests), requests, strict=True)]
+        if plan is not None:
+            for item in items:
+                plan.positions.check(item.length)
         detail: Detail = "full" if self._dose == "full" or (self._dose == "auto" and writer is not None) else "counts"
         done: list[Generation] = []
         with self._running():
