@@ -3,18 +3,19 @@
 `numerics.rounding.expected_relative_error` turns a count of blocks b and a reduction length K into the error
 e^2 = (0.42 u_d)^2 (1 + 2 b) + (0.42 u_acc)^2 K. Here b and K are chosen for a record:
 
-- b = the decoder blocks upstream, plus `WITHIN` for the roundings inside the block that made the tensor (weights, norm,
-  projections, activation, gate), counted in blocks as well. A tensor that names neither site nor layer has b = 0, and
-  K = max(last dimension, 256): storage rounding and one reduction, and the verdict says so.
+- b = the decoder blocks upstream, plus the roundings inside the block that made the tensor, counted in blocks as well:
+  `WITHIN_STREAM` for the stream, `WITHIN_BRANCH` for what attention and MLP make (weights, norms, projections, gate).
+  A tensor that names neither site nor layer has b = 0, and K = max(last dimension, 256): storage rounding and one
+  reduction, and the verdict says so.
 - K = last dimension x (1 + b / 2): every block adds such reductions.
 - Near 0 the steps of a dtype are of one size s (6e-8 in float16, 2e-3 in float8_e4m3fn) and the error s / sqrt(12) of
   an element, once per rounding, does not shrink with it: rows below that are judged against it.
 - u_d belongs to the coarser dtype of the pair, or to the models' when they computed in a coarser one than was
   recorded; u_acc is float64's where that dtype is float64, else float32's.
 
-`WITHIN` was fitted to decoder blocks of four families with random weights (6 and 24 layers, float64 as the truth): with
+The two were fitted to decoder blocks of four families with random weights (6 and 24 layers, float64 as the truth): with
 1 + 2 l alone the median ratio of error to expectation was 3.8 after the first block and 7 at its gated MLP's output,
-with these constants 0.8 to 2.3 everywhere. `docs/compare.md` has the figures.
+with these constants 0.5 to 2.6 everywhere. `docs/compare.md` has the figures.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ from trimtab.results.comparison import RecordKey
 from trimtab.sites import Site
 
 WITHIN_STREAM = 8
-WITHIN_MLP = 20
+WITHIN_BRANCH = 24
 UNKNOWN_REDUCTION = 256
-_MLP_POINTS = ("mlp_act", "mlp_raw", "mlp_out")
+_STREAM_POINTS = ("resid_pre", "resid_mid", "resid_post")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,15 +61,15 @@ def blocks_upstream(key: RecordKey, num_layers: int | None) -> int | None:
     site = _site(key.site)
     layer = site.layer if site is not None and site.layer is not None else key.layer
     depth = num_layers or 0
-    of_stream = site is not None and site.module is None
-    if of_stream and site is not None and site.point == "embed":
+    of_model = site is not None and site.module is None
+    if of_model and site is not None and site.point == "embed":
         return 0
     if layer is None:
-        return depth + WITHIN_STREAM if of_stream else None
+        return depth + WITHIN_STREAM if of_model else None
     if key.kind == "grad":  # the whole forward pass, then the backward pass down to this layer
-        return 2 * max(depth, layer + 1) - layer + WITHIN_MLP
-    if site is None or not of_stream or site.point in _MLP_POINTS:
-        return layer + WITHIN_MLP
+        return 2 * max(depth, layer + 1) - layer + WITHIN_BRANCH
+    if site is None or not of_model or site.point not in _STREAM_POINTS:
+        return layer + WITHIN_BRANCH
     if site.point == "resid_pre" and layer == 0:
         return 0
     return layer + WITHIN_STREAM + (1 if site.point == "resid_post" else 0)

@@ -231,11 +231,11 @@ def test_the_expected_error_is_the_published_formula() -> None:
         (RecordKey(site="layers.0.resid_pre", layer=0), 0),
         (RecordKey(site="layers.0.resid_post", layer=0), 9),
         (RecordKey(site="layers.3.resid_pre", layer=3), 11),
-        (RecordKey(site="layers.3.mlp_out", layer=3), 23),
+        (RecordKey(site="layers.3.mlp_out", layer=3), 27),
         (RecordKey(site="logits"), 14),
-        (RecordKey(name="hidden", layer=2), 22),
+        (RecordKey(name="hidden", layer=2), 26),
         (RecordKey(name="hidden"), None),
-        (RecordKey(site="layers.1.resid_post", layer=1, kind="grad"), 31),
+        (RecordKey(site="layers.1.resid_post", layer=1, kind="grad"), 35),
     ],
 )
 def test_blocks_upstream(key: RecordKey, blocks: int | None) -> None:
