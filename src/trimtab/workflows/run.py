@@ -18,6 +18,7 @@ from trimtab.results import GeneratedText, GenerationRun
 from trimtab.sites import split_patterns
 from trimtab.steering import Positions, Steering
 from trimtab.trace import Trace, TraceWriter
+from trimtab.workflows._plan import trace_plan
 from trimtab.workflows._steer import SteeringInput, build_steering, describe
 
 PromptInput = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message]
@@ -94,7 +95,7 @@ def generate(
             backend=runner.name,
             dtype=runner.info.dtype,
             steering=describe(spec),
-            steering_digest="" if spec is None else spec.digest,
+            steering_digest="" if spec is None or not spec.serialisable else spec.digest,
             texts=texts,
             trace=None if out is None else str(out),
         )
@@ -311,9 +312,11 @@ def _run(
         record = provenance.collect(
             **runner.provenance(),
             steering=describe(steering),
-            steering_digest="" if steering is None else steering.digest,
+            steering_digest="" if steering is None or not steering.serialisable else steering.digest,
+            call=_recordable(call),
         )
-        with TraceWriter(out, kind="generation", provenance=record, max_bytes=max_bytes) as writer:
+        plan = trace_plan(runner, requests, capture)
+        with TraceWriter(out, kind="generation", plan=plan, provenance=record, max_bytes=max_bytes) as writer:
             made = runner.generate(
                 requests, capture=capture, writer=writer, allow_unfired=allow_unfired, progress=finished
             )

@@ -23,6 +23,7 @@ from trimtab.sites import split_patterns
 from trimtab.steering import Steering
 from trimtab.trace import TraceWriter
 from trimtab.workflows import _sweep_files
+from trimtab.workflows._plan import trace_plan
 from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
 from trimtab.workflows._sweep_files import Pass, SweepFiles, SweepPlan
 from trimtab.workflows.config import DEFAULT_CONFIGS, Steer, SweepConfig
@@ -267,7 +268,9 @@ def _run_pass(
     )
     began = time.perf_counter()
     made: list[Generation] = []
-    with TraceWriter(files.trace_path(config.label, which), kind="generation", provenance=record) as writer:
+    path = files.trace_path(config.label, which)
+    promise = trace_plan(backend, requests, capture, config.label)
+    with TraceWriter(path, kind="generation", plan=promise, provenance=record) as writer:
         for start in range(0, len(requests), plan.batch_size):
             batch = requests[start : start + plan.batch_size]
             made += backend.generate(
