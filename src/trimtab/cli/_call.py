@@ -56,7 +56,8 @@ class Call:
 
     def __call__(self) -> Any:
         module, _, name = self.function.rpartition(".")
-        return getattr(importlib.import_module(module), name)(*self.args, **self.kwargs)
+        args = [value() if isinstance(value, Call) else value for value in self.args]
+        return getattr(importlib.import_module(module), name)(*args, **self.kwargs)
 
 
 def python_repr(value: Any) -> str:
