@@ -64,8 +64,18 @@ def signatures() -> str:
     for name in trimtab.__all__:
         value = getattr(trimtab, name)
         if callable(value) and not (isinstance(value, type) and issubclass(value, Exception)):
-            lines.append(f"{name}{inspect.signature(value)}")
+            lines.append(f"{name}({', '.join(parameter(one) for one in inspect.signature(value).parameters.values())})")
     return "\n".join(lines) + "\n"
+
+
+def parameter(one: inspect.Parameter) -> str:
+    """Kind, name and default; of a default that is an object, its type alone."""
+    star = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(one.kind, "")
+    mark = "kw " if one.kind is inspect.Parameter.KEYWORD_ONLY else star
+    if one.default is inspect.Parameter.empty:
+        return f"{mark}{one.name}"
+    plain = isinstance(one.default, (str, int, float, bool, tuple, type(None)))
+    return f"{mark}{one.name}={one.default!r}" if plain else f"{mark}{one.name}=<{type(one.default).__name__}>"
 
 
 def test_signatures_change_on_purpose() -> None:
