@@ -24,7 +24,10 @@ def trace_plan(
     Raises:
         SiteError: a pattern that selects nothing here.
     """
-    plan: dict[str, Any] = {"requests": [[one.prompt_index, one.id] for one in requests]}
+    plan: dict[str, Any] = {
+        "requests": [[one.prompt_index, one.id] for one in requests],
+        "dtype": runner.info.dtype,
+    }
     if config:
         plan["configs"] = [config]
     if capture is not None:
