@@ -22,13 +22,13 @@ class Recipe:
     max_positions: int = 512
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies."""
-    initializer_range: float = 0.06
+    initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
-    steps: int = 1500
+    steps: int = 1000
     """Optimizer steps."""
     batches: tuple[tuple[int, int], ...] = ((32, 64), (16, 128), (4, 512))
     """Shapes (rows, tokens) of the batches, taken in turn; every row begins a document."""
-    learning_rate: float = 6e-3
+    learning_rate: float = 3e-3
     """Peak; linear warm-up, then a cosine down to zero."""
     warmup_steps: int = 50
     weight_decay: float = 0.01
@@ -45,8 +45,8 @@ class Recipe:
     """Pairs of each contrast set."""
     direction_sentences: int = 6
     """Sentences of each of its passages."""
-    cap_quantile: float = 0.75
-    """The suggested cap is this quantile of the projections: it clamps the rest of all rows."""
+    cap_quantile: float = 0.5
+    """The suggested cap is this quantile of the projections: it clamps the rows above it."""
     steering_strengths: tuple[float, ...] = (-4.0, -2.0, 0.0, 2.0, 4.0)
     """Multiples of the raw mean difference in the steering check."""
     steering_prompts: int = 50

@@ -93,10 +93,12 @@ def test_distribution_predicts_how_often_words_are_sampled() -> None:
 def test_posteriors_find_the_latents() -> None:
     latents = grammar.Latents(topic="object", tone="gloomy")
     reader = exact.Reader()
-    for token in (BOS, *grammar.passage(latents, "prose", 30, words=1, patterns=2)):
+    right = []
+    for token in (BOS, *grammar.passage(latents, "prose", 60, words=1, patterns=2)):
         reader.read(token)
-    assert reader.topic["object"] > 0.999
-    assert reader.tone["gloomy"] > 0.99
+        right.append(max(reader.topic, key=reader.topic.__getitem__) == "object")
+    assert sum(right) / len(right) > 0.8  # the topic may move at any sentence, so a stray noun is believed for a while
+    assert reader.tone["gloomy"] > 0.999
 
 
 def test_mean_entropy_and_mean_surprisal_agree() -> None:

@@ -64,8 +64,8 @@ def test_same_seed_same_text_other_seed_other_text() -> None:
 def test_the_first_documents_stay_what_they_were() -> None:
     """The corpus is part of what ships: a change of the grammar must be meant, and then the model is built again."""
     assert testbed.prompts(2, 0) == (
-        "we talked about the queen and the stranger. the",
-        "behind the forest stood a blanket. nobody forgot the bright recovery. some say the march lasted when",
+        "we talked about the queen and the painter. behind",
+        "behind the forest stood a merger. the delay slowed near the harbor. the recovery was lovely",
     )
 
 
