@@ -84,8 +84,11 @@ def direction(attribute: str, *, directory: Path | None = None) -> TestbedDirect
 
 
 def direction_file(attribute: str) -> str:
-    """Return the name of an attribute's direction file, beside the weights."""
-    return f"direction-{attribute}.safetensors"
+    """Return the name of an attribute's direction file.
+
+    They lie in a folder of their own: engines take every safetensors file beside a model's for weights.
+    """
+    return f"directions/{attribute}.safetensors"
 
 
 def training(*, directory: Path | None = None) -> dict[str, Any]:

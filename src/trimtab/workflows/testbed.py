@@ -260,6 +260,7 @@ def _check_and_record(
     weights = (directory / "model.safetensors").read_bytes()
     digest = hashlib.sha256(weights).hexdigest()
     vectors = {name: _direction(model, name, recipe, seed, rows, digest) for name in lexicon.ATTRIBUTES}
+    (directory / "directions").mkdir()
     for name, vector in vectors.items():
         vector.save(directory / assets.direction_file(name))
     result = TestbedBuild(

@@ -37,9 +37,9 @@ SMALL = testbed.Recipe(
 def _content(directory: Path) -> dict[str, Any]:
     """Bytes of every file; vector files by what they hold, for safetensors orders its metadata by chance."""
     content: dict[str, Any] = {}
-    for file in directory.iterdir():
-        vector = file.name.startswith("direction-")
-        content[file.name] = SteeringVector.load(file) if vector else file.read_bytes()
+    for file in (one for one in directory.rglob("*") if one.is_file()):
+        vector = file.parent.name == "directions"
+        content[file.relative_to(directory).as_posix()] = SteeringVector.load(file) if vector else file.read_bytes()
     record = json.loads(content.pop("training.json"))
     del record["seconds"]
     return {**content, "training.json": record}
