@@ -98,10 +98,11 @@ def run(
         return 0
     returned = call()
     result = returned if summarise is None else summarise(returned)
+    sys.stdout.write(_text(result, output, show).rstrip("\n") + "\n")
     if html is not None:
         Call(function="trimtab.report", args=(result, html))()
-        sys.stderr.write(f"report: {html}\n")
-    sys.stdout.write(_text(result, output, show).rstrip("\n") + "\n")
+        sys.stdout.flush()
+        sys.stderr.write(f"\nreport: {html}\n")
     return exit_code(result)
 
 
