@@ -61,34 +61,40 @@ class Pass:
         return Pass(self.items, self.ids[:, -1:], self.positions[:, -1:], self.device, keeps_logits=self.keeps_logits)
 
     @cached_property
+    def whole(self) -> bool:
+        """Whether every place is a token of a running request."""
+        return int(self.positions.min()) >= 0
+
+    @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The steered rows, by program."""
         programs = {id(item.program): item.program for item in self.items if item.program}
-        return tuple(group for key, program in programs.items() if (group := self._group(key, program)).owners.numel())
-
-    def _group(self, key: int, program: Program) -> Group:
-        members = [index for index, item in enumerate(self.items) if id(item.program) == key]
-        flat = self.positions.reshape(-1)
-        lengths = {self.items[index].length for index in members}
-        owners = torch.arange(len(self.items)).repeat_interleave(self.width) if self.width > 1 else None
-        every = len(members) == len(self.items)
-        lowest = int(flat.min()) if every else -1
-        if every and lowest >= 0:
-            index = None
-        else:
-            inside = torch.zeros(len(self.items), dtype=torch.bool)
+        groups = []
+        for key, program in programs.items():
+            members = [index for index, item in enumerate(self.items) if id(item.program) == key]
+            if len(members) == len(self.items) and self.whole:
+                groups.append(self._make_group(program, members, None))
+                continue
+            inside = torch.zeros(len(self.items), 1, dtype=torch.bool)
             inside[members] = True
-            index = (inside[:, None] & (self.positions >= 0)).reshape(-1).nonzero()[:, 0]
-        if owners is None:
-            owners = torch.arange(len(self.items))
-        ids = self.ids.reshape(-1)
+            index = (inside & (self.positions >= 0)).reshape(-1).nonzero()[:, 0]
+            if len(index):
+                groups.append(self._make_group(program, members, index))
+        return tuple(groups)
+
+    def _make_group(self, program: Program, members: Sequence[int], index: Tensor | None) -> Group:
+        flat, ids = self.positions.reshape(-1), self.ids.reshape(-1)
+        owners = torch.arange(len(self.items))
+        if self.width > 1:
+            owners = owners.repeat_interleave(self.width)
         if index is not None:
-            flat, ids, owners = flat[index], ids[index], owners[index]
-        length: int | Tensor = next(iter(lengths))
-        if len(lengths) > 1:
-            length = torch.tensor([item.length for item in self.items])[owners].to(self.device)
+            flat, ids, owners, index = flat[index], ids[index], owners[index], index.to(self.device)
+        lengths = [item.length for item in self.items]
+        length: int | Tensor = lengths[members[0]]
+        if any(lengths[member] != length for member in members):
+            length = torch.tensor(lengths)[owners].to(self.device)
         rows = Rows(flat.to(self.device), length, ids.to(self.device), padded=False)
-        return Group(program, None if index is None else index.to(self.device), rows, owners.to(self.device))
+        return Group(program, index, rows, owners.to(self.device))
 
     def taken(self, wanted: Positions) -> Taken:
         """Return the rows that a capture wants, per request."""
@@ -153,7 +159,7 @@ class Layout:
     def model_positions(self, step: Pass) -> Tensor:
         """Return what the model is told: the absolute positions, pads at 0, finished requests at their last row."""
         places = step.positions
-        if step.width == 1 and bool((places < 0).any()):
+        if step.width == 1 and not step.whole:
             last = torch.tensor([[max(item.rows - 1, 0)] for item in self._items])
             places = torch.where(places < 0, last, places)
-        return places.clamp(min=0).to(self._device)
+        return (places if step.whole else places.clamp(min=0)).to(self._device)
