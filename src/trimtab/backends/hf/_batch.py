@@ -28,79 +28,99 @@ class Group:
     """Index of the request of each row, int64."""
 
 
+class Roster:
+    """What all passes of a batch share: its requests, who is steered by what, and the device of the model."""
+
+    def __init__(self, items: Sequence[Item], device: torch.device) -> None:
+        self.items = items
+        self.device = device
+        self.lengths = torch.tensor([item.length for item in items])
+        programs = {id(item.program): item.program for item in items if item.program}
+        self.steered = [
+            (program, [index for index, item in enumerate(items) if item.program is program])
+            for program in programs.values()
+        ]
+        """Every program and the requests that it steers."""
+        self._owners: dict[int, Tensor] = {}
+
+    def owners(self, width: int) -> Tensor:
+        """Return the index of the request of each of the B * width rows, on the CPU."""
+        found = self._owners.get(width)
+        if found is None:
+            found = self._owners[width] = torch.arange(len(self.items)).repeat_interleave(width)
+        return found
+
+    def prompt_length(self, members: Sequence[int], owners: Tensor) -> int | Tensor:
+        """Return P of the rows: one number when the members agree, else int64 [N] on the model's device."""
+        first = self.items[members[0]].length
+        if all(self.items[member].length == first for member in members):
+            return first
+        return self.lengths[owners].to(self.device)
+
+
 class Pass:
     """One forward pass of a batch.
 
     Args:
-        items: the requests.
+        roster: what the passes of the batch share.
         ids: int64 [B, S] on the CPU.
         positions: absolute positions, int64 [B, S] on the CPU; -1 at pads and in the rows of finished requests.
-        device: where the model runs.
+        whole: whether no position is -1.
         keeps_logits: whether the logits of the last place of this pass predict a token.
     """
 
     def __init__(
-        self, items: Sequence[Item], ids: Tensor, positions: Tensor, device: torch.device, *, keeps_logits: bool = True
+        self, roster: Roster, ids: Tensor, positions: Tensor, *, whole: bool, keeps_logits: bool = True
     ) -> None:
-        self.items = items
+        self.roster = roster
+        self.items = roster.items
         self.ids = ids
         self.positions = positions
-        self.device = device
+        self.whole = whole
         self.keeps_logits = keeps_logits
-
-    @property
-    def width(self) -> int:
+        self.width = ids.shape[1]
         """S."""
-        return self.ids.shape[1]
 
     @cached_property
     def tail(self) -> Pass:
         """The last place alone: what the logits have when only the last row is asked for."""
         if self.width == 1:
             return self
-        return Pass(self.items, self.ids[:, -1:], self.positions[:, -1:], self.device, keeps_logits=self.keeps_logits)
-
-    @cached_property
-    def whole(self) -> bool:
-        """Whether every place is a token of a running request."""
-        return int(self.positions.min()) >= 0
+        ids, positions = self.ids[:, -1:], self.positions[:, -1:]
+        whole = self.whole or bool((positions >= 0).all())
+        return Pass(self.roster, ids, positions, whole=whole, keeps_logits=self.keeps_logits)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The steered rows, by program."""
-        programs = {id(item.program): item.program for item in self.items if item.program}
         groups = []
-        for key, program in programs.items():
-            members = [index for index, item in enumerate(self.items) if id(item.program) == key]
-            if len(members) == len(self.items) and self.whole:
-                groups.append(self._make_group(program, members, None))
-                continue
-            inside = torch.zeros(len(self.items), 1, dtype=torch.bool)
-            inside[members] = True
-            index = (inside & (self.positions >= 0)).reshape(-1).nonzero()[:, 0]
-            if len(index):
-                groups.append(self._make_group(program, members, index))
+        for program, members in self.roster.steered:
+            index = None
+            if not self.whole or len(members) < len(self.items):
+                inside = torch.zeros(len(self.items), 1, dtype=torch.bool)
+                inside[members] = True
+                index = (inside & (self.positions >= 0)).reshape(-1).nonzero()[:, 0]
+                if not len(index):
+                    continue
+            groups.append(self._make_group(program, members, index))
         return tuple(groups)
 
     def _make_group(self, program: Program, members: Sequence[int], index: Tensor | None) -> Group:
-        flat, ids = self.positions.reshape(-1), self.ids.reshape(-1)
-        owners = torch.arange(len(self.items))
-        if self.width > 1:
-            owners = owners.repeat_interleave(self.width)
+        device = self.roster.device
+        positions, ids, owners = self.positions.reshape(-1), self.ids.reshape(-1), self.roster.owners(self.width)
         if index is not None:
-            flat, ids, owners, index = flat[index], ids[index], owners[index], index.to(self.device)
-        lengths = [item.length for item in self.items]
-        length: int | Tensor = lengths[members[0]]
-        if any(lengths[member] != length for member in members):
-            length = torch.tensor(lengths)[owners].to(self.device)
-        rows = Rows(flat.to(self.device), length, ids.to(self.device), padded=False)
-        return Group(program, index, rows, owners.to(self.device))
+            positions, ids, owners = positions[index], ids[index], owners[index]
+        length = self.roster.prompt_length(members, owners)
+        if device.type != "cpu":
+            positions, ids, owners = positions.to(device), ids.to(device), owners.to(device)
+            index = None if index is None else index.to(device)
+        return Group(program, index, Rows(positions, length, ids, padded=False), owners)
 
     def taken(self, wanted: Positions) -> Taken:
         """Return the rows that a capture wants, per request."""
         selected = self.positions >= 0
         if not wanted.every:
-            lengths = torch.tensor([item.length for item in self.items]).repeat_interleave(self.width)
+            lengths = self.roster.lengths[self.roster.owners(self.width)]
             flat = wanted.mask(self.positions.reshape(-1), lengths, self.ids.reshape(-1))
             selected = selected & flat.reshape(selected.shape)
         if self.width == 1:
@@ -122,6 +142,7 @@ class Layout:
     def __init__(self, items: Sequence[Item], *, filler: int, device: torch.device) -> None:
         self._items = items
         self._filler = filler
+        self._roster = Roster(items, device)
         self._device = device
         self.width = max(item.length for item in items)
         ids, places = [], []
@@ -145,7 +166,7 @@ class Layout:
     def prompt_pass(self, start: int, end: int) -> Pass:
         """Return the pass over a range of the padded prompts."""
         ids, positions = self.ids[:, start:end], self.positions[:, start:end]
-        return Pass(self._items, ids, positions, self._device, keeps_logits=end == self.width)
+        return Pass(self._roster, ids, positions, whole=not self.padded, keeps_logits=end == self.width)
 
     def next_pass(self) -> Pass:
         """Return the pass over the token that each request has just got."""
@@ -154,7 +175,8 @@ class Layout:
             running = item.stop is None
             ids.append([item.tokens[-1] if running else self._filler])
             places.append([item.length + len(item.tokens) - 1 if running else -1])
-        return Pass(self._items, torch.tensor(ids), torch.tensor(places), self._device)
+        whole = all(item.stop is None for item in self._items)
+        return Pass(self._roster, torch.tensor(ids), torch.tensor(places), whole=whole)
 
     def model_positions(self, step: Pass) -> Tensor:
         """Return what the model is told: the absolute positions, pads at 0, finished requests at their last row."""
