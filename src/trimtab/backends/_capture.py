@@ -1,7 +1,7 @@
 """Rows of sites, gathered per request and handed to the writer in bounded pieces.
 
-Prompt rows go out as soon as their site has run. Decode rows are held back per site and written when their share of the
-memory is full, so memory does not grow with the number of generated tokens.
+Rows are held back per site, so that a short generation is one record, and written when their share of the memory is
+full; prompts too long for it go out as soon as their site has run. Memory does not grow with the number of tokens.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Slot:
     members: tuple[int, ...]
     """Requests, as indices into the batch."""
     module_path: str | None = None
+    prompt: tuple[Tensor, Taken] | None = None
+    """[batch, sequence, ...] of the last pass over the prompts, when it waits to be written."""
     held: Tensor | None = None
     """[steps, batch, 1, ...]: room for the decode steps that wait to be written."""
     passes: list[Taken] = field(default_factory=list)
@@ -64,7 +66,7 @@ class RowSink:
         slots: how many slots will be used, to share the memory.
         config: name of the configuration.
         counts: rows written per site, added to.
-        buffer_bytes: memory of all decode rows that wait.
+        buffer_bytes: memory of all rows that wait.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class RowSink:
         self._writer = writer
         self._owners = owners
         self._config = config
-        self._slot_bytes = buffer_bytes // max(slots, 1)
+        self._slot_bytes = buffer_bytes // (2 * max(slots, 1))  # half for prompts, half for steps
         self._counts = counts
 
     def take(self, slot: Slot, x: Tensor, taken: Taken) -> None:
@@ -99,21 +101,17 @@ class RowSink:
                 f"{slot.site} has the shape {tuple(x.shape)}; rows are captured from [{len(self._owners)}, "
                 f"{taken.width}, ...], one per token; record other tensors with the dumper"
             )
-        if taken.width > 1:
-            self.flush(slot)
-            for member in slot.members:
-                self._write_prompt(slot, x, member, taken)
-        elif any([taken.places[member] for member in slot.members]):
-            self._hold(slot, x, taken)
-
-    def _write_prompt(self, slot: Slot, x: Tensor, member: int, taken: Taken) -> None:
-        places = taken.places[member]
-        if not places:
+        if taken.width == 1:
+            if any([taken.places[member] for member in slot.members]):
+                self._hold(slot, x, taken)
             return
-        first, last = places[0], places[-1]
-        whole = last - first + 1 == len(places)
-        rows = x[member, first : last + 1] if whole else x[member, torch.tensor(places, device=x.device)]
-        self._write(slot, rows.to("cpu"), member, taken.positions[member])
+        self.flush(slot)
+        if x.numel() * x.element_size() <= self._slot_bytes:
+            slot.prompt = (x.clone(), taken)
+            return
+        for member in slot.members:
+            if taken.places[member]:
+                self._write(slot, _prompt_rows(x, taken, member).to("cpu"), member, taken.positions[member])
 
     def _hold(self, slot: Slot, x: Tensor, taken: Taken) -> None:
         if slot.held is None:
@@ -127,19 +125,22 @@ class RowSink:
             self.flush(slot)
 
     def flush(self, slot: Slot) -> None:
-        """Write what a slot holds back."""
-        if slot.held is None or not slot.passes:
-            return
+        """Write what a slot holds back, one record per request."""
+        prompt, slot.prompt = slot.prompt, None
         passes, slot.passes = slot.passes, []
-        held = slot.held[: len(passes), :, 0].to("cpu")
+        held = None if slot.held is None or not passes else slot.held[: len(passes), :, 0].to("cpu")
         for member in slot.members:
+            parts, positions = [], []
+            if prompt is not None and prompt[1].places[member]:
+                parts.append(_prompt_rows(*prompt, member).to("cpu"))
+                positions += prompt[1].positions[member]
             columns = [column for column, taken in enumerate(passes) if taken.places[member]]
-            if not columns:
-                continue
-            rows = held[columns[0] : columns[-1] + 1, member]
-            if len(rows) != len(columns):
-                rows = held[columns, member]
-            self._write(slot, rows, member, [passes[column].positions[member][0] for column in columns])
+            if held is not None and columns:
+                whole = columns[-1] - columns[0] + 1 == len(columns)
+                parts.append(held[columns[0] : columns[-1] + 1, member] if whole else held[columns, member])
+                positions += [passes[column].positions[member][0] for column in columns]
+            if parts:
+                self._write(slot, parts[0] if len(parts) == 1 else torch.cat(parts), member, positions)
 
     def _write(self, slot: Slot, rows: Tensor, member: int, positions: list[int]) -> None:
         owner = self._owners[member]
@@ -158,3 +159,11 @@ class RowSink:
             positions=positions,
             module_path=slot.module_path,
         )
+
+
+def _prompt_rows(x: Tensor, taken: Taken, member: int) -> Tensor:
+    """Return the wanted rows of one request, a view where they lie together."""
+    places = taken.places[member]
+    if places[-1] - places[0] + 1 == len(places):
+        return x[member, places[0] : places[-1] + 1]
+    return x[member, torch.tensor(places, device=x.device)]
