@@ -8,6 +8,7 @@ from trimtab.report._console import MAX_LINES, TextPage
 from trimtab.results import Analysis, Comparison
 
 _TONE = {"good": "green", "bad": "red", "neutral": ""}
+_AGREEING = ("identical", "passed")
 _STATUS = {"failed": "red", "corrupt": "red", "inconclusive": "yellow"}
 
 
@@ -73,7 +74,7 @@ def render_comparison(comparison: Comparison, *, width: int, color: bool) -> str
     page.lines(
         f"{row.name}: {'; '.join((*row.reasons, *(kind for kind, _, _ in row.fingerprints)))}"
         for row in view.verdicts
-        if row.reasons
+        if row.reasons and row.status not in _AGREEING  # what agreeing pairs have to say is counted at the end
     )
     page.table(
         f"Ledger of {comparison.ledger.unit}",
