@@ -130,7 +130,7 @@ def add_claim(pairs: int) -> Measured:
 
 # -- memory: each case in a process of its own, because a peak never falls
 
-QUEUE = 4 << 20
+QUEUE = 1 << 20
 TOKENS = 128
 MEMORY_WIDTH = 128
 
