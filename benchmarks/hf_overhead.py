@@ -1,7 +1,7 @@
 """Claims about the Hugging Face backend: what capturing and steering cost beside the plainest way to do the same.
 
 The model is a random Qwen3 of 6 blocks, width 384 (a decode step of a few milliseconds, so that overheads show), in
-float32 on the CPU; 4 prompts of 32 tokens, 32 generated tokens each, greedy, no end token. Capturing is compared with
+float32 on the CPU; 4 prompts of 32 tokens, 26 generated tokens each, greedy, no end token. Capturing is compared with
 `model.generate(..., output_hidden_states=True)`, steering with a bare forward hook in the same generation loop.
 """
 
@@ -26,7 +26,7 @@ from trimtab.steering import Add, Steering
 from trimtab.trace import NullWriter, TraceWriter
 
 LAYERS, WIDTH, VOCABULARY = 6, 384, 512
-BATCH, PROMPT, NEW = 4, 32, 32
+BATCH, PROMPT, NEW = 4, 32, 26
 SITE = f"layers.{LAYERS // 2}.resid_post"
 
 
