@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,9 +72,10 @@ def _from_pretrained(
 ) -> Loaded:
     config = transformers.AutoConfig.from_pretrained(place, revision=revision)
     implementation, notes = _attention(config, attention)
-    module = _model_class(config).from_pretrained(
-        place, dtype=target, attn_implementation=implementation, revision=revision
-    )
+    with _progress_where_someone_looks():
+        module = _model_class(config).from_pretrained(
+            place, dtype=target, attn_implementation=implementation, revision=revision
+        )
     words = tokenizer or transformers.AutoTokenizer.from_pretrained(place, revision=revision)
     if target is torch.float64 and hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("eager")  # grouped_mm refuses float64
@@ -81,6 +85,20 @@ def _from_pretrained(
     folder = Path(place)
     digest = _digest.of_directory(folder) if folder.is_dir() else ""
     return Loaded(module, words, name, digest or _digest.of_module(module), notes)
+
+
+@contextmanager
+def _progress_where_someone_looks() -> Iterator[None]:
+    """Keep transformers' own progress bar off a standard error that is no terminal."""
+    bars = transformers.utils.logging
+    silence = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if silence:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if silence:
+            bars.enable_progress_bar()
 
 
 def default_device() -> str:
