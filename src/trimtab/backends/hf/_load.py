@@ -90,7 +90,7 @@ def _from_pretrained(
 @contextmanager
 def _progress_where_someone_looks() -> Iterator[None]:
     """Keep transformers' own progress bar off a standard error that is no terminal."""
-    bars = transformers.utils.logging
+    bars: Any = transformers.utils.logging
     silence = bars.is_progress_bar_enabled() and not sys.stderr.isatty()
     if silence:
         bars.disable_progress_bar()
