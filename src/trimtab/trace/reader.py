@@ -128,7 +128,7 @@ class Trace:
         return Trace(
             self._run,
             {
-                table: frame.filter([one for name, one in conditions.items() if name in TABLES[table]])
+                table: frame.filter(pl.lit(True), *(one for name, one in conditions.items() if name in TABLES[table]))
                 for table, frame in self._tables.items()
             },
         )
