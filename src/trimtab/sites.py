@@ -155,11 +155,16 @@ class SitePattern:
         """Return the selected layers, ascending.
 
         Raises:
-            SiteError: a layer outside the model.
+            SiteError: a layer outside the model, or a range that runs backwards there.
         """
         chosen: set[int] = set()
         for first, last in self.ranges:
             low, high = (_resolve(index, num_layers, self) for index in (first, last))
+            if high < low:
+                raise SiteError(
+                    f"{self}: layer {first} of this model is layer {low}, and the range runs backwards from there to "
+                    f"{high}; write {high}-{low}"
+                )
             chosen.update(range(low, high + 1))
         return tuple(sorted(chosen))
 
