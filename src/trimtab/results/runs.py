@@ -105,8 +105,10 @@ class DecodeStep:
     rel_l2_after: float
     max_ulp_after: int | None
     cap_delta: float
+    """Sum over the ops of the site, signed, in hidden units; NaN where none acted."""
     reference_cap_delta: float
     clamped: bool
+    """Whether any op of the site was at a bound."""
     reference_clamped: bool
     delta_top_logprob: float
     max_delta_logprob: float

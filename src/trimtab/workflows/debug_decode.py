@@ -15,7 +15,8 @@ import torch
 from trimtab._base.progress import Progress, progress
 from trimtab.backends import Backend, Capture, Generation, Request, open_backend
 from trimtab.errors import InputError, SteeringError
-from trimtab.results import DecodeComparison, DecodeStep
+from trimtab.numerics import dtype_name
+from trimtab.results import CapStep, DecodeComparison, DecodeStep
 from trimtab.sites import Site
 from trimtab.steering import Steering
 from trimtab.trace import Trace, TraceWriter
@@ -86,6 +87,7 @@ def debug_decode(
     Example:
         >>> tt.debug_decode("testbed", "The old keeper", steering=tt.Steer(vector="random:0", layer=2, cap=5.0))
     """
+    dtype, compare_dtype = dtype_name(dtype), None if compare_dtype is None else dtype_name(compare_dtype)
     tested, reference = _settings(dtype, compare_precision, compare_dtype)
     request = Request(id="prompt-0000", prompt=as_prompt(prompt), max_new_tokens=max_tokens, logprobs=max(2, logprobs))
     options = {"device": device, "batch_size": 1, "allow_fallback": allow_fallback, "engine": engine}
@@ -195,14 +197,16 @@ def _steps(reference: Side, tested: Side, site: str) -> list[DecodeStep]:
     count = len(reference.forced(0).ids)
     positions = [position - 1 for position in reference.forced(0).positions]
     tables = {edit: _rows(reference.trace, tested.trace, site, edit) for edit in ("before", "after")}
-    caps = {step.step: step for step in cap_steps(reference, tested, 0, count)}
-    reference_caps = {step.step: step for step in cap_steps(reference, reference, 0, count)}
+    caps, reference_caps = (_moves(cap_steps(reference, side, 0, count)) for side in (tested, reference))
     names = dict(zip(reference.tokens["token_id"].to_list(), reference.tokens["text"].to_list(), strict=True))
     names |= dict(zip(tested.tokens["token_id"].to_list(), tested.tokens["text"].to_list(), strict=True))
     logprobs = {step.step: step for step in logprob_steps(reference, tested, 0, count, names)}
     steps = []
     for step in range(count):
-        top, cap, other = logprobs[step], caps.get(step), reference_caps.get(step)
+        top = logprobs[step]
+        (delta, clamped), (reference_delta, reference_clamped) = (
+            one.get(step, _NONE) for one in (caps, reference_caps)
+        )
         before, after = (
             {key: float(column[step]) for key, column in tables[edit].items()} for edit in ("before", "after")
         )
@@ -222,10 +226,10 @@ def _steps(reference: Side, tested: Side, site: str) -> list[DecodeStep]:
                 rmse_after=after["rmse"],
                 rel_l2_after=after["rel_l2"],
                 max_ulp_after=int(after["max_ulp"]) if after["max_ulp"] >= 0 else None,
-                cap_delta=math.nan if cap is None else cap.cap_delta,
-                reference_cap_delta=math.nan if other is None else other.cap_delta,
-                clamped=cap is not None and cap.clamped,
-                reference_clamped=other is not None and other.clamped,
+                cap_delta=delta,
+                reference_cap_delta=reference_delta,
+                clamped=clamped,
+                reference_clamped=reference_clamped,
                 delta_top_logprob=top.delta_top,
                 max_delta_logprob=top.max_delta,
                 shared_top=top.shared,
@@ -233,6 +237,18 @@ def _steps(reference: Side, tested: Side, site: str) -> list[DecodeStep]:
             )
         )
     return steps
+
+
+_NONE = (math.nan, False)
+
+
+def _moves(steps: Sequence[CapStep]) -> dict[int, tuple[float, bool]]:
+    """Return, per step, the sum of the adjustments of the site's ops, and whether any was clamped."""
+    found: dict[int, tuple[float, bool]] = {}
+    for one in steps:
+        delta, clamped = found.get(one.step, (0.0, False))
+        found[one.step] = delta + one.cap_delta, clamped or one.clamped
+    return found
 
 
 def _rows(reference: Trace, tested: Trace, site: str, edit: str) -> dict[str, torch.Tensor]:
