@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from trimtab.errors import InputError
+from trimtab.workflows.config import Steer
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -93,7 +94,7 @@ def read_prompts(prompts: tuple[str, ...], prompt_file: Path | None) -> list[str
     """Return the prompts given as arguments and those of a file, one a line.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or holds none.
     """
     found = list(prompts)
     if prompt_file is not None:
@@ -101,8 +102,26 @@ def read_prompts(prompts: tuple[str, ...], prompt_file: Path | None) -> list[str
             lines = prompt_file.read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"prompt file {str(prompt_file)!r} cannot be read: {error}") from error
-        found += [line for line in lines if line.strip()]
+        listed = [line for line in lines if line.strip()]
+        if not listed:
+            raise InputError(f"prompt file {str(prompt_file)!r} holds no prompt; write one a line")
+        found += listed
     return found
+
+
+def steering_input(file: str | None, steer: Steer) -> str | Steer | None:
+    """Return the steering file or the op in words, whichever was given.
+
+    Raises:
+        InputError: both, or options of a vector without one.
+    """
+    if file is not None and steer != Steer():
+        raise InputError(f"give --steering {file} or --vector and its options, not both")
+    if steer.op:
+        return steer
+    if steer != Steer():
+        raise InputError("options of a steering vector were given without a vector: add --vector and --cap, say")
+    return file
 
 
 def given(**values: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, Output, listing, run
-from trimtab.cli._options import Decoding, Engine, Model, given, read_prompts
+from trimtab.cli._options import Decoding, Engine, Model, given, read_prompts, steering_input
 from trimtab.workflows.config import Steer
 
 
@@ -51,7 +51,7 @@ def capture(
         positions=positions if positions != "all" else None,
         edit=edit if edit != "after" else None,
         along=along,
-        steering=steering or (steer if steer.op else None),
+        steering=steering_input(steering, steer),
         allow_unfired=allow_unfired,
         max_bytes=max_bytes,
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, Output, run
-from trimtab.cli._options import Engine, Model, given
+from trimtab.cli._options import Engine, Model, given, steering_input
 from trimtab.workflows.config import Steer
 
 
@@ -35,7 +35,7 @@ def debug_decode(
         logprobs: how many most probable tokens are compared at each step.
     """
     kwargs = given(
-        steering=steering or (steer if steer.op else None),
+        steering=steering_input(steering, steer),
         compare_precision=compare_precision,
         compare_dtype=compare_dtype,
     )

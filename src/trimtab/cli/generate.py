@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, Output, run
-from trimtab.cli._options import Decoding, Engine, Model, given, read_prompts
+from trimtab.cli._options import Decoding, Engine, Model, given, read_prompts, steering_input
 from trimtab.workflows.config import Steer
 
 
@@ -35,7 +35,7 @@ def generate(
         logprobs: log-probabilities of so many most probable tokens are kept in the trace.
         out: directory for a trace of tokens and doses.
     """
-    kwargs = given(steering=steering or (steer if steer.op else None), allow_unfired=allow_unfired, out=out)
+    kwargs = given(steering=steering_input(steering, steer), allow_unfired=allow_unfired, out=out)
     if logprobs:
         kwargs["logprobs"] = logprobs
     kwargs |= decoding.kwargs() | model.kwargs() | engine.kwargs()

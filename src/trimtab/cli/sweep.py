@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, Output, run
-from trimtab.cli._options import Engine, given, read_prompts
+from trimtab.cli._options import Engine, given, read_prompts, steering_input
 from trimtab.workflows.config import Steer
 
 
@@ -60,7 +60,7 @@ def sweep(
     """
     kwargs = given(
         spec=spec,
-        steering=steering or (steer if steer.op else None),
+        steering=steering_input(steering, steer),
         configs=tuple(config or ()),
         reference=reference,
         backend=backend,
