@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trimtab._base import jsonio
+from trimtab._base.files import atomic_write_bytes
 from trimtab.errors import InputError
 from trimtab.results import GenerationRun, SweepRun
 from trimtab.trace import Trace
@@ -50,7 +51,7 @@ def _repeat_sweep(source: Path, target: Path) -> SweepRun:
         record = {**files.provenance, "rerun_of": str(source)}
         again = _sweep_files.create(target, files.plan, record, resume=True)
         if files.steering_path.exists() and not again.steering_path.exists():
-            again.steering_path.write_bytes(files.steering_path.read_bytes())
+            atomic_write_bytes(again.steering_path, files.steering_path.read_bytes())
     return resume_sweep(target)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,11 @@ from trimtab.workflows._steer import SteeringInput, build_steering, describe
 PromptInput = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message]
 MODEL_OPTIONS = ("dtype", "device", "batch_size", "allow_fallback", "engine", "tokenizer")
 STEERING_FILE = "steering.safetensors"
+_EDITS: dict[str, tuple[Literal["before", "after"], ...]] = {
+    "after": ("after",),
+    "before": ("before",),
+    "both": ("before", "after"),
+}
 
 
 def generate(
@@ -167,11 +172,12 @@ def capture(
     """
     call = _call("capture", locals())
     requests = [_request(index, prompt) for index, prompt in enumerate(_listed(prompts))]
-    edits: dict[str, tuple[Literal["before", "after"], ...]] = {"both": ("before", "after"), "before": ("before",)}
+    if edit not in _EDITS:
+        raise InputError(f"edit is {edit!r}; use one of {', '.join(_EDITS)}")
     wanted = Capture(
         sites=tuple(split_patterns(sites)) if isinstance(sites, str) else tuple(sites),
         positions=positions,
-        edit=edits.get(edit, ("after",)),
+        edit=_EDITS[edit],
     )
     with closing(_open(model, call)) as runner:
         spec = build_steering(steering, runner.info)
@@ -212,14 +218,16 @@ def as_prompt(given: PromptInput) -> Prompt:
         if not given.strip():
             raise InputError("a prompt is empty; give at least one word")
         return given
-    items: tuple[Any, ...] = tuple(given)
+    items: tuple[Any, ...] = tuple(given) if isinstance(given, Iterable) else (None,)
     if not items:
         raise InputError("a prompt is empty; give at least one token or message")
     if all(isinstance(item, (int, Message)) for item in items) and len({type(item) for item in items}) == 1:
         return items
     if all(isinstance(item, Mapping) and set(item) == {"role", "content"} for item in items):
         return tuple(Message(role=item["role"], content=item["content"]) for item in items)
-    raise InputError("a prompt is text, token ids, or messages with exactly the keys role and content")
+    raise InputError(
+        f"a prompt is text, token ids, or messages with exactly the keys role and content, not {given!r:.80}"
+    )
 
 
 def _listed(prompts: str | Sequence[PromptInput]) -> list[PromptInput]:
@@ -262,16 +270,18 @@ def _call(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"function": function, **{key: value for key, value in given.items() if key not in ("out", "function")}}
 
 
-def _recordable(call: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return a call as plain JSON, or None when it cannot be made again from a file (a module in memory)."""
+def _recordable(call: Mapping[str, Any], steering: Steering | None) -> dict[str, Any] | None:
+    """Return a call as plain JSON, or None when no file can hold it: a module in memory, an op that is a function."""
     if not isinstance(call["model"], (str, Path)) or call["tokenizer"] is not None:
+        return None
+    if steering is not None and not steering.serialisable:
         return None
     plain: dict[str, Any] = {
         key: str(value) if isinstance(value, (Path, Positions)) else value for key, value in call.items()
     }
     if isinstance(call.get("along"), Trace):
         plain["along"] = str(call["along"].path)
-    plain["steering"] = None if plain["steering"] is None else STEERING_FILE
+    plain["steering"] = None if steering is None else STEERING_FILE
     prompts = [plain["prompts"]] if isinstance(plain["prompts"], str) else plain["prompts"]
     plain["prompts"] = [_plain_prompt(prompt) for prompt in prompts]
     return plain
@@ -313,7 +323,7 @@ def _run(
             **runner.provenance(),
             steering=describe(steering),
             steering_digest="" if steering is None or not steering.serialisable else steering.digest,
-            call=_recordable(call),
+            call=_recordable(call, steering),
         )
         plan = trace_plan(runner, requests, capture)
         with TraceWriter(out, kind="generation", plan=plan, provenance=record, max_bytes=max_bytes) as writer:
