@@ -174,7 +174,7 @@ def test_a_sweep_reads_its_options_from_yaml(tmp_path: Path) -> None:
     [
         ({"reference": "float64"}, "is not among the configurations"),
         ({"configs": ["bf16", "bf16", "float32"]}, "two configurations are called 'bf16'"),
-        ({"prompts": [" "]}, "prompts that are not empty"),
+        ({"prompts": [" "]}, "prompt is empty"),
         ({"max_tokens": 0}, "at least 1 token"),
         ({"run_id": "../x"}, "run id '../x'"),
         ({"model": "/no/such/model"}, "/no/such/model"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trimtab.backends import Backend, Capture, Request
-from trimtab.sites import resolve_sites
+from trimtab.sites import Site, resolve_sites
 from trimtab.steering import Positions
 
 
@@ -31,12 +31,20 @@ def trace_plan(
     if config:
         plan["configs"] = [config]
     if capture is not None:
-        points: dict[int, list[str]] = {}
-        for site in runner.sites():
-            if site.layer is not None:
-                points.setdefault(site.layer, []).append(site.point)
-        sites = resolve_sites(capture.sites, runner.info.num_layers, lambda layer: points.get(layer, []))
-        plan["sites"] = [str(site) for site in sites]
+        plan["sites"] = [str(site) for site in captured_sites(runner, capture.sites)]
         plan["num_layers"] = runner.info.num_layers
         plan["positions"] = Positions.parse(capture.positions).canonical()
     return plan
+
+
+def captured_sites(runner: Backend, patterns: Sequence[str]) -> tuple[Site, ...]:
+    """Return the sites that patterns select in a model.
+
+    Raises:
+        SiteError: a pattern that selects nothing here.
+    """
+    points: dict[int, list[str]] = {}
+    for site in runner.sites():
+        if site.layer is not None:
+            points.setdefault(site.layer, []).append(site.point)
+    return resolve_sites(patterns, runner.info.num_layers, lambda layer: points.get(layer, []))

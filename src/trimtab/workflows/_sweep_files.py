@@ -10,16 +10,19 @@ steering.safetensors      the one steering that every configuration uses (absent
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from trimtab._base import jsonio
 from trimtab._base.files import atomic_write_text
+from trimtab.backends import Prompt
 from trimtab.errors import ComparisonError, InputError, RecipeError, UnfinishedError
 from trimtab.results import SweepConfigState, SweepRun
 from trimtab.trace import Trace
 from trimtab.workflows.config import SweepConfig
+from trimtab.workflows.run import as_prompt
 
 SWEEP_VERSION = 1  # 1: first version
 Pass = Literal["free", "forced"]
@@ -31,7 +34,7 @@ class SweepPlan:
     """What a sweep is to do; frozen when its directory is made."""
 
     model: str
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     configs: tuple[SweepConfig, ...]
     reference: str
     max_tokens: int
@@ -174,18 +177,25 @@ def load(path: str | Path) -> SweepFiles:
     """
     run = Path(path)
     try:
-        document = jsonio.loads((run / "sweep.json").read_text())
+        text = (run / "sweep.json").read_text()
     except OSError as error:
         raise InputError(f"{run} is not the directory of a sweep: it has no readable sweep.json") from error
-    version = document.get("format_version")
-    if version != SWEEP_VERSION:
-        raise InputError(
-            f"{run}/sweep.json has format version {version}; this trimtab reads {SWEEP_VERSION}: update trimtab"
-        )
-    plan = dict(document["plan"])
-    plan["configs"] = tuple(SweepConfig(**one) for one in plan["configs"])
-    plan["prompts"] = tuple(plan["prompts"])
-    return SweepFiles(run, SweepPlan(**plan), document["provenance"])
+    try:
+        document = dict(jsonio.loads(text))
+        version = document.get("format_version")
+        if version == SWEEP_VERSION:
+            return SweepFiles(run, _read_plan(document["plan"]), dict(document["provenance"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{run}/sweep.json is damaged: {error}; run the sweep again elsewhere") from error
+    raise InputError(
+        f"{run}/sweep.json has format version {version}; this trimtab reads {SWEEP_VERSION}: update trimtab"
+    )
+
+
+def _read_plan(document: Mapping[str, Any]) -> SweepPlan:
+    configs = tuple(SweepConfig(**one) for one in document["configs"])
+    prompts = tuple(as_prompt(one) for one in document["prompts"])
+    return SweepPlan(**{**document, "configs": configs, "prompts": prompts})
 
 
 def check_same_prompts(reference: SweepFiles, candidate: SweepFiles) -> None:

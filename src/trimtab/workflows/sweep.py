@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from trimtab import testbed
 from trimtab._base import provenance
@@ -23,10 +24,11 @@ from trimtab.sites import split_patterns
 from trimtab.steering import Steering
 from trimtab.trace import TraceWriter
 from trimtab.workflows import _sweep_files
-from trimtab.workflows._plan import trace_plan
+from trimtab.workflows._plan import captured_sites, trace_plan
 from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
 from trimtab.workflows._sweep_files import Pass, SweepFiles, SweepPlan
 from trimtab.workflows.config import DEFAULT_CONFIGS, Steer, SweepConfig
+from trimtab.workflows.run import PromptInput, as_prompt
 
 QUICK_PROMPTS, QUICK_TOKENS = 2, 8
 
@@ -36,7 +38,7 @@ class _Settings:
     """The options of `sweep`, with their defaults; a YAML file may hold any of them."""
 
     model: str = "testbed"
-    prompts: tuple[str, ...] = ()
+    prompts: tuple[PromptInput, ...] = ()
     steering: SteeringInput = None
     configs: tuple[str, ...] = DEFAULT_CONFIGS
     reference: str = "float32"
@@ -53,7 +55,7 @@ class _Settings:
 
 def sweep(
     model: str | None = None,
-    prompts: Sequence[str] | None = None,
+    prompts: str | Sequence[PromptInput] | None = None,
     *,
     spec: str | Path | None = None,
     steering: SteeringInput = None,
@@ -80,7 +82,7 @@ def sweep(
 
     Args:
         model: a directory, a hub id, or "testbed".
-        prompts: what the model continues; none on the testbed takes its own.
+        prompts: text, token ids, or chat messages; one or several. None on the testbed takes its own.
         spec: a YAML file with any of these options; arguments win over it.
         steering: a `Steering`, a `Steer`, or the path of a steering file. Each configuration sets the ops' arithmetic.
         configs: presets (bf16, bf16_cap_fp32, float16, float32, float64) or `[LABEL=]BACKEND:DTYPE[:OP_MATH]`.
@@ -92,7 +94,7 @@ def sweep(
         seed: seed of everything random.
         batch_size: prompts per batch, the same for every configuration.
         allow_unfired: an op that selects no row is reported instead of refused.
-        sites: what the forced pass captures.
+        sites: what the forced pass captures; drift is read from the `resid_post` of layers among it.
         engine: settings of the vLLM engine.
         out: directory of all runs.
         run_id: name of this run's directory; None makes one from the time.
@@ -149,11 +151,23 @@ def _settings(spec: str | Path | None, options: Mapping[str, Any]) -> _Settings:
     return _Settings(**merged)
 
 
+_KINDS: dict[str, Any] = {
+    **{name: str for name in ("model", "reference", "backend", "device", "sites")},
+    **{name: int for name in ("max_tokens", "logprobs", "seed", "batch_size")},
+    "prompts": str | list[str | list[int] | list[dict[str, str]]],
+    "configs": str | list[str],
+    "allow_unfired": bool,
+    "engine": dict[str, Any],
+    "steering": str | Steer,
+}
+"""What a YAML file may give for each option."""
+
+
 def _read_spec(path: Path) -> dict[str, Any]:
     try:
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"sweep file {path} cannot be read: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"sweep file {path} cannot be read: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"sweep file {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
@@ -167,12 +181,20 @@ def _read_spec(path: Path) -> dict[str, Any]:
         unknown = sorted(set(words) - set(known))
         if unknown:
             raise RecipeError(f"sweep file {path}: unknown steering option {unknown[0]!r}; options: {', '.join(known)}")
-        document["steering"] = Steer(**words)
-    return document
+    return {name: _checked(path, name, value) for name, value in document.items() if value is not None}
+
+
+def _checked(path: Path, name: str, value: Any) -> Any:
+    try:
+        return TypeAdapter(_KINDS[name]).validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"sweep file {path}: {name} is {value!r:.80}: {first['msg']}") from error
 
 
 def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | None]:
-    configs = tuple(SweepConfig.parse(text, name) for name in settings.backend.split(",") for text in settings.configs)
+    names = [name.strip() for name in settings.backend.split(",")]
+    configs = tuple(SweepConfig.parse(text, name) for name in names for text in settings.configs)
     labels = [config.label for config in configs]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
@@ -186,15 +208,19 @@ def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | No
         raise RecipeError(
             f"the reference {reference!r} is not among the configurations {', '.join(labels)}; add it or choose one"
         )
-    prompts = settings.prompts or (tuple(testbed.prompts(8, seed=settings.seed)) if settings.model == "testbed" else ())
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise InputError("a sweep needs prompts that are not empty: give --prompt TEXT or --prompt-file FILE")
+    prompts = tuple(as_prompt(one) for one in settings.prompts)
+    if not prompts and settings.model == "testbed":
+        prompts = tuple(testbed.prompts(8, seed=settings.seed))
+    if not prompts:
+        raise InputError("a sweep needs prompts: give --prompt TEXT or --prompt-file FILE")
     if settings.max_tokens < 1:
         raise InputError(f"max_tokens is {settings.max_tokens}; at least 1 token must be generated")
     first = next(config for config in configs if config.label == reference)
     with closing(_open(settings.model, first, settings.device, settings.batch_size, settings.engine)) as backend:
         info = backend.info
-    given = build_steering(settings.steering, info)
+        given = build_steering(settings.steering, info)
+        digest = "" if given is None else given.digest
+        _check_sites(backend, given, settings.sites)
     plan = SweepPlan(
         model=settings.model,
         prompts=prompts[:QUICK_PROMPTS] if quick else prompts,
@@ -206,7 +232,7 @@ def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | No
         batch_size=settings.batch_size,
         sites=settings.sites,
         steering=describe(given),
-        steering_digest="" if given is None else given.digest,
+        steering_digest=digest,
         num_layers=info.num_layers,
         model_digest=info.weights_digest,
         allow_unfired=settings.allow_unfired,
@@ -214,6 +240,15 @@ def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | No
         engine=dict(settings.engine or {}),
     )
     return plan, given
+
+
+def _check_sites(backend: Backend, given: Steering | None, sites: str) -> None:
+    """Refuse, before a directory is made, what no pass could run."""
+    info = backend.info
+    if given is not None:
+        given.resolve(num_layers=info.num_layers, hidden_size=info.hidden_size, sites=backend.sites())
+    if not any(site.point == "resid_post" for site in captured_sites(backend, split_patterns(sites))):
+        raise RecipeError(f"sites is {sites!r}; analyze reads drift from resid_post: add layers.*.resid_post")
 
 
 def _open(
