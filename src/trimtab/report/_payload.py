@@ -209,10 +209,11 @@ def _by_layer(analysis: Analysis) -> list[dict[str, Any]]:
 
 
 def _clamp_rate(rows: Iterable[CapStep]) -> list[dict[str, Any]]:
-    """Share of clamped rows per configuration and step, over all prompts, sites and ops."""
+    """Share of clamped rows per configuration and step, over all prompts, sites and ops with bounds."""
     groups: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
-        groups[row.config][row.step].append(row.clamped)
+        if row.can_clamp:
+            groups[row.config][row.step].append(row.clamped)
     return [
         {
             "config": config,

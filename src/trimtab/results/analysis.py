@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 ANALYSIS_VERSION = 1  # 1: first version
 SIGNIFICANT_DRIFT = 0.9  # a token match ratio under this is flagged
+CLAMPING_OPS = ("Cap", "CapSubspace")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +23,7 @@ class ConfigRow:
     identical_prompts: int
     """Prompts whose generated tokens all equal the reference's."""
     match_ratio: float
-    """Equal tokens at equal places over reference tokens, all prompts together; 1 is identical."""
+    """Equal tokens at equal places over reference tokens, all prompts together; 1: all reference tokens matched."""
     significant_drift: bool
     first_divergence: int | None
     """Smallest generated-token index at which any prompt differs; None when none does."""
@@ -32,9 +33,12 @@ class ConfigRow:
     mae_mean: float | None
     mae_max: float | None
     clamp_rate: float | None
-    """Clamped rows over selected rows; None when the steering has no clamp."""
+    """Clamped rows over the rows that a cap selected, teacher-forced, of the last prompt token and on; None: no cap."""
     cap_delta_rms: float | None
+    """Root mean square of cap_delta over the same rows, those that were not clamped (0) included."""
     tokens_per_second: float | None
+    """Generated tokens of the free pass, all prompts, over its wall time: prefill and writing the trace included,
+    loading not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +87,7 @@ class DriftCell:
     layer: int
     mae: float
     band: str
-    """"<0.01", "0.01-0.1", "0.1-1" or ">1"."""
+    """"<0.01", "0.01-0.1", "0.1-1" or ">1"; ">1" also where the error is not finite."""
     rmse: float
     rel_l2: float
     cosine: float
@@ -103,11 +107,17 @@ class CapStep:
     projection_before: float
     projection_after: float
     cap_delta: float
-    """clamp(p) - p, in hidden units, signed; 0 where nothing was clamped."""
+    """What the op's bounds or target ask of the projection: clamp(p) - p for a cap, in hidden units, signed; 0 where
+    nothing was clamped, and for ops without such a target."""
     cap_delta_norm: float
     """|cap_delta|: the length of the correction along the unit direction."""
     clamped: bool
     reference_cap_delta: float | None
+
+    @property
+    def can_clamp(self) -> bool:
+        """Whether the op has bounds, so that the row counts in a clamp rate."""
+        return self.op.partition(":")[2] in CLAMPING_OPS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,19 +69,24 @@ def match(reference: tuple[int, ...], candidate: tuple[int, ...]) -> Match:
 def explain(
     found: Match, margin: float | None, median_margin: float | None, drift: float | None, shift: float | None
 ) -> str:
-    """Say how a divergence relates to the drift before it and to the reference's margin at that step."""
+    """Say how a divergence relates to the drift before it and to the reference's margin at that step.
+
+    Args:
+        found: the divergence.
+        margin: the reference's top-1 over top-2 at the divergence, in nats.
+        median_margin: the same over all steps.
+        drift: rel_l2 of the last layer's row that predicts the diverging token.
+        shift: how far a step usually moves a log-probability: the median over the prompt's teacher-forced steps. What
+            moved at the divergence itself is no evidence: it is at least the margin, or there were no divergence.
+    """
     if found.first_divergence is None:
         return "same tokens throughout"
     if margin is None or shift is None:
         return f"tokens differ from step {found.first_divergence}; no log-probabilities there to relate it to"
     drifted = "" if drift is None else f" after a drift of {drift:.1e} (rel_l2, last layer)"
     usual = "" if median_margin is None else f" (median over steps {median_margin:.2g})"
-    if shift >= margin:
-        return (
-            f"at step {found.first_divergence} the reference's two best tokens were {margin:.2g} nats apart{usual} and "
-            f"precision moved log-probabilities by {shift:.2g}{drifted}: a near tie, decided by rounding"
-        )
-    return (
-        f"at step {found.first_divergence} the reference's margin was {margin:.2g} nats{usual}, more than the "
-        f"{shift:.2g} that log-probabilities moved{drifted}: rounding on this step alone does not explain it"
-    )
+    apart = f"the reference's two best tokens were {margin:.2g} nats apart{usual}{drifted}"
+    moves = f"precision usually moves log-probabilities by {shift:.2g} here"
+    if margin <= 2 * shift:  # two tokens may move against each other
+        return f"at step {found.first_divergence} {apart}, and {moves}: a near tie, decided by rounding"
+    return f"at step {found.first_divergence} {apart}, and {moves}: rounding of the usual size does not explain it"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 from trimtab.numerics import coarser, ulp_distance
 from trimtab.numerics.metrics import mae_band
 from trimtab.results import CapStep, DriftCell, LogprobStep
-from trimtab.trace import Trace
+from trimtab.sites import Site
+from trimtab.trace import Rows, Trace
 from trimtab.workflows._agreement import Tokens
 
 
@@ -41,15 +42,32 @@ def comparable_steps(reference: Tokens, candidate: Tokens) -> int:
     return shorter if same == shorter else same + 1
 
 
-def drift_cells(reference: Side, candidate: Side, prompt: int, layers: int, steps: int) -> Iterator[DriftCell]:
+def promised_layers(trace: Trace) -> tuple[int, ...]:
+    """Return the layers whose `resid_post` a trace was to hold, by its plan."""
+    sites = map(Site.parse, trace.manifest["plan"]["sites"])
+    return tuple(site.layer for site in sites if site.point == "resid_post" and site.layer is not None)
+
+
+def drift_cells(
+    reference: Side, candidate: Side, prompt: int, layers: Sequence[int], steps: int
+) -> Iterator[DriftCell]:
     """Yield one cell for each layer and step that both sides hold."""
+    if steps == 0:
+        return
     first = reference.forced(prompt).positions[0] - 1
-    for layer in range(layers):
+    for layer in layers:
         site = f"layers.{layer}.resid_post"
-        ours = reference.trace.rows(site=site, prompt=prompt, edit=final_edit(reference.trace, site))
-        theirs = candidate.trace.rows(site=site, prompt=prompt, edit=final_edit(candidate.trace, site))
+        ours, theirs = _rows(reference.trace, site, prompt), _rows(candidate.trace, site, prompt)
+        if ours is None or theirs is None:
+            continue
         keep = _common(ours.positions, theirs.positions, first, steps)
         yield from _cells(candidate.label, prompt, layer, first, keep, ours.values[keep[0]], theirs.values[keep[1]])
+
+
+def _rows(trace: Trace, site: str, prompt: int) -> Rows | None:
+    edit = final_edit(trace, site)
+    here = (pl.col("site") == site) & (pl.col("prompt") == prompt) & (pl.col("edit") == edit)
+    return None if trace.index.filter(here).is_empty() else trace.rows(site=site, prompt=prompt, edit=edit)
 
 
 def final_edit(trace: Trace, site: str) -> str:
@@ -87,7 +105,7 @@ def _cells(
             step=position - first,
             position=position,
             layer=layer,
-            band=mae_band(values["mae"]),
+            band=mae_band(math.inf if math.isnan(values["mae"]) else values["mae"]),
             max_ulp=int(ulp) if math.isfinite(ulp) and ulp >= 0 else None,
             **values,
         )
@@ -126,8 +144,9 @@ def row_metrics(reference: Tensor, candidate: Tensor) -> dict[str, Tensor]:
 
 def cap_steps(reference: Side, candidate: Side, prompt: int, steps: int) -> list[CapStep]:
     """Return what each op did at each step, with the reference's adjustment beside it."""
-    tokens = reference.forced(prompt)
-    first = tokens.positions[0] - 1
+    if steps == 0:
+        return []
+    first = reference.forced(prompt).positions[0] - 1
     theirs = _doses(candidate.trace, prompt, first, steps)
     ours = {
         (row["site"], row["op"], row["position"]): row["cap_delta"]

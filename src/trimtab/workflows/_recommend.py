@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from trimtab.results import ConfigRow, DriftCell, Recommendation
@@ -26,7 +27,7 @@ def recommend(
     The unit of the paired bootstrap is the prompt: rows of one prompt are not independent.
 
     Args:
-        configs: configurations that were run.
+        configs: configurations that were compared with the reference.
         rows: their summaries.
         drift: their teacher-forced drift.
         reference: label of the reference.
@@ -34,7 +35,7 @@ def recommend(
         seed: seed of the bootstrap.
 
     Returns:
-        None when no such pair was run, or over fewer than three prompts.
+        None when no such pair was run, over fewer than three prompts, or with a drift that is not finite.
     """
     pair = _pair(configs)
     if pair is None:
@@ -45,6 +46,8 @@ def recommend(
     if len(prompts) < MIN_PAIRS:
         return None
     before, after = ([mean[prompt] for prompt in prompts] for mean in means)
+    if not all(math.isfinite(value) for value in (*before, *after)):
+        return None
     interval = paired_bootstrap(after, before, seed=seed)
     tokens = next(row for row in rows if row.label == baseline.label)
     return Recommendation(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import datetime
+import math
 import shlex
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,15 @@ from trimtab.results import (
     DriftCell,
     LogprobStep,
     PromptInfo,
+    Recommendation,
     TokenAgreement,
 )
 from trimtab.results.analysis import SIGNIFICANT_DRIFT
 from trimtab.workflows import _drift, _sweep_files
-from trimtab.workflows._agreement import Match, Tokens, explain, match
+from trimtab.workflows._agreement import Tokens, explain, match
 from trimtab.workflows._drift import Side
 from trimtab.workflows._recommend import recommend
-from trimtab.workflows._sweep_files import SweepFiles
+from trimtab.workflows._sweep_files import PASSES, SweepFiles
 from trimtab.workflows.config import SweepConfig
 
 
@@ -61,15 +63,17 @@ def analyze(
     candidate_files = reference_files if run_b is None else _sweep_files.load(run_b)
     _sweep_files.check_same_prompts(reference_files, candidate_files)
     plan = reference_files.plan
-    reference = plan.config(reference_config or plan.reference)
-    chosen = [candidate_files.plan.config(config)] if config else list(candidate_files.plan.configs)
-    if run_b is None:
-        chosen = [one for one in chosen if one.label != reference.label]
-    prompts = _prompts(len(plan.prompts), prompt_idx)
-    work = _Work(reference_files, reference, prompts)
+    reference = _Subject(reference_files, plan.config(reference_config or plan.reference))
+    found = [candidate_files.plan.config(config)] if config else candidate_files.plan.configs
+    chosen = [
+        _Subject(candidate_files, one, f"{candidate_files.path.name}/" if one.label == reference.label else "")
+        for one in found
+        if run_b is not None or one.label != reference.label
+    ]
+    work = _Work(reference, _prompts(len(plan.prompts), prompt_idx))
     for one in chosen:
-        work.compare(candidate_files, one)
-    return _analysis(work, candidate_files, chosen, _command(run_a, run_b, prompt_idx, config, reference_config))
+        work.compare(one)
+    return _analysis(work, chosen, _command(run_a, run_b, prompt_idx, config, reference_config))
 
 
 def _prompts(count: int, prompt_idx: int | None) -> tuple[int, ...]:
@@ -80,12 +84,37 @@ def _prompts(count: int, prompt_idx: int | None) -> tuple[int, ...]:
     return (prompt_idx,)
 
 
+@dataclass(frozen=True)
+class _Subject:
+    """One configuration of one sweep, with what it is called here."""
+
+    files: SweepFiles
+    config: SweepConfig
+    prefix: str = ""
+    """The run's name, where the reference has the same label."""
+
+    @property
+    def label(self) -> str:
+        return self.prefix + self.config.label
+
+    def read(self) -> tuple[pl.DataFrame, Side, list[str]]:
+        """Return the tokens of the free pass, the forced pass, and what is wrong with either."""
+        free, forced = (self.files.trace(self.config.label, which) for which in PASSES)
+        problems = []
+        for which, trace in zip(PASSES, (free, forced), strict=True):
+            problems += [f"{self.label}: {problem}" for problem in trace.problems]
+            made = int((self.files.done(self.config.label, which) or {})["tokens"])
+            kept = int(trace.tokens["generated"].sum())
+            if kept != made:
+                problems.append(f"{self.label}: the {which} pass made {made} tokens and its trace holds {kept}")
+        return free.tokens, Side(self.label, forced, forced.tokens), problems
+
+
 @dataclass
 class _Work:
     """Everything that was compared with one reference configuration."""
 
-    files: SweepFiles
-    reference: SweepConfig
+    reference: _Subject
     prompts: tuple[int, ...]
     agreements: list[TokenAgreement] = field(default_factory=list)
     drift: list[DriftCell] = field(default_factory=list)
@@ -95,20 +124,16 @@ class _Work:
     expected_rows: int = 0
 
     def __post_init__(self) -> None:
-        label = self.reference.label
-        self.free = self.files.trace(label, "free").tokens
-        forced = self.files.trace(label, "forced")
-        self.side = Side(label, forced, forced.tokens)
-        self.names = dict(zip(self.free["token_id"].to_list(), self.free["text"].to_list(), strict=True))
+        self.free, self.side, self.problems = self.reference.read()
+        self.layers = _drift.promised_layers(self.side.trace)
+        self.names = _names(self.free)
         for prompt in self.prompts:
             self.caps += _drift.cap_steps(self.side, self.side, prompt, len(self.side.forced(prompt).ids))
 
-    def compare(self, files: SweepFiles, config: SweepConfig) -> None:
-        free = files.trace(config.label, "free").tokens
-        forced = files.trace(config.label, "forced")
-        side = Side(config.label, forced, forced.tokens)
-        self.problems += [f"{config.label}: {problem}" for problem in forced.problems]
-        names = self.names | dict(zip(free["token_id"].to_list(), free["text"].to_list(), strict=True))
+    def compare(self, subject: _Subject) -> None:
+        free, side, problems = subject.read()
+        self.problems += problems
+        names = self.names | _names(free)
         for prompt in self.prompts:
             self._compare_prompt(side, free, names, prompt)
 
@@ -116,22 +141,27 @@ class _Work:
         ours, theirs = self.side.forced(prompt), side.forced(prompt)
         steps = _drift.comparable_steps(ours, theirs)
         if steps < len(ours.ids):
+            ended = steps == len(theirs.ids) and theirs.ids == ours.ids[:steps]
+            why = f"ended after {steps} of {len(ours.ids)}" if ended else f"followed other tokens from step {steps} on"
             self.problems.append(
-                f"{side.label}, prompt {prompt}: its forced pass followed other tokens from step {steps} on; "
-                f"{len(ours.ids) - steps} steps have no drift"
+                f"{side.label}, prompt {prompt}: its forced pass {why}; {len(ours.ids) - steps} steps have no drift"
             )
-        layers = self.files.plan.num_layers
-        self.expected_rows += layers * len(ours.ids)
-        cells = list(_drift.drift_cells(self.side, side, prompt, layers, steps))
-        if len(cells) < layers * steps:
+        self.expected_rows += len(self.layers) * len(ours.ids)
+        cells = list(_drift.drift_cells(self.side, side, prompt, self.layers, steps))
+        missing = len(self.layers) * steps - len(cells)
+        if missing:
             self.problems.append(
-                f"{side.label}, prompt {prompt}: {layers * steps - len(cells)} captured rows are missing"
+                f"{side.label}, prompt {prompt}: {missing} captured rows are missing here or in the reference"
             )
         logprobs = _drift.logprob_steps(self.side, side, prompt, steps, names)
         self.drift += cells
         self.logprobs += logprobs
         self.caps += _drift.cap_steps(self.side, side, prompt, steps)
         self.agreements.append(_agreement(side.label, prompt, self.free, free, cells, logprobs))
+
+
+def _names(tokens: pl.DataFrame) -> dict[int, str]:
+    return dict(zip(tokens["token_id"].to_list(), tokens["text"].to_list(), strict=True))
 
 
 def _agreement(
@@ -164,30 +194,25 @@ def _agreement(
         reference_margin=margin,
         smallest_margin=min(until, default=None),
         drift_before=drift,
-        explanation=explain(
-            found, margin, statistics.median(margins) if margins else None, drift, _shift(found, ours, theirs, logprobs)
-        ),
+        explanation=f"the same tokens as far as both go, {at}"
+        if at == min(len(ours.ids), len(theirs.ids))
+        else explain(found, margin, statistics.median(margins) if margins else None, drift, _usual_shift(logprobs)),
     )
 
 
-def _shift(found: Match, ours: Tokens, theirs: Tokens, logprobs: Sequence[LogprobStep]) -> float | None:
-    """How far precision moved the gap between the reference's choice and the candidate's, at the divergence."""
-    at = found.first_divergence
-    if at is None or at >= min(len(ours.ids), len(theirs.ids)):
-        return None
-    mine = dict(zip(ours.top_ids[at], ours.top_logprobs[at], strict=True))
-    other = dict(zip(theirs.top_ids[at], theirs.top_logprobs[at], strict=True))
-    pair = (ours.ids[at], theirs.ids[at])
-    if all(one in mine and one in other for one in pair):
-        return abs((mine[pair[0]] - mine[pair[1]]) - (other[pair[0]] - other[pair[1]]))
-    return next((step.max_delta for step in logprobs if step.step == at), None)
+def _usual_shift(logprobs: Sequence[LogprobStep]) -> float | None:
+    """How far a step moves a log-probability: the median over steps of the largest move among the shared tokens."""
+    moves = [step.max_delta for step in logprobs if math.isfinite(step.max_delta)]
+    return statistics.median(moves) if moves else None
 
 
-def _analysis(work: _Work, files: SweepFiles, chosen: Sequence[SweepConfig], command: str) -> Analysis:
-    plan = work.files.plan
-    rows = [_row(work, work.files, work.reference, reference=True)] + [_row(work, files, one) for one in chosen]
+def _analysis(work: _Work, chosen: Sequence[_Subject], command: str) -> Analysis:
+    files = work.reference.files
+    plan = files.plan
+    others = [one.files.plan for one in chosen]
+    rows = [_row(work, work.reference)] + [_row(work, one) for one in chosen]
     compared = len(work.drift)
-    complete = not work.problems and compared == work.expected_rows and bool(work.agreements)
+    complete = not work.problems and compared == work.expected_rows > 0
     ledger = AnalysisLedger(
         expected_rows=work.expected_rows,
         compared_rows=compared,
@@ -195,14 +220,13 @@ def _analysis(work: _Work, files: SweepFiles, chosen: Sequence[SweepConfig], com
         compared_prompts=len(work.agreements),
         problems=tuple(work.problems),
     )
-    record = work.files.provenance
     return Analysis(
         passed=complete,
         reason="everything expected was compared" if complete else _short(ledger),
         title="Precision sweep of a steered model" if plan.steering_digest else "Precision sweep",
-        model=plan.model,
-        run=str(work.files.path),
-        steering=plan.steering,
+        model=_both([plan.model, *(one.model for one in others)]),
+        run=str(files.path),
+        steering=_both([plan.steering, *(one.steering for one in others)]),
         steering_digest=plan.steering_digest,
         reference=work.reference.label,
         configs=tuple(rows),
@@ -211,64 +235,88 @@ def _analysis(work: _Work, files: SweepFiles, chosen: Sequence[SweepConfig], com
         drift=tuple(work.drift),
         cap_steps=tuple(work.caps),
         logprobs=tuple(work.logprobs),
-        recommendation=recommend(
-            [work.reference, *chosen],
-            rows,
-            work.drift,
-            reference=work.reference.label,
-            op="cap" if plan.steering.startswith("Cap") else "op",
-            seed=plan.seed,
-        ),
+        recommendation=_recommendation(work, chosen, rows),
         ledger=ledger,
         num_layers=plan.num_layers,
-        command=shlex.join(record.get("argv", [])),
-        environment=_environment(record, plan.model_digest),
+        command=shlex.join(files.provenance.get("argv", [])),
+        environment=_environment(files.provenance, plan.model_digest),
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        next_command=_next(work, command),
+        next_command=_next(work, chosen, command),
     )
 
 
-def _row(work: _Work, files: SweepFiles, config: SweepConfig, *, reference: bool = False) -> ConfigRow:
-    mine = [one for one in work.agreements if one.config == config.label] if not reference else []
-    cells = [cell for cell in work.drift if cell.config == config.label] if not reference else []
-    caps = [step for step in work.caps if step.config == config.label]
+def _both(values: Sequence[str]) -> str:
+    """Name what the reference's run had, and what the other run had where that differs."""
+    different = dict.fromkeys(value for value in values[1:] if value != values[0])
+    return f"{values[0]} (compared run: {', '.join(different)})" if different else values[0]
+
+
+def _recommendation(work: _Work, chosen: Sequence[_Subject], rows: Sequence[ConfigRow]) -> Recommendation | None:
+    plan = work.reference.files.plan
+    if not all(one.files.plan.steering_digest for one in chosen):
+        return None
+    caps = all(one.startswith("Cap") for one in plan.steering.split("; "))
+    return recommend(
+        [replace(one.config, label=one.label) for one in chosen],
+        rows,
+        work.drift,
+        reference=work.reference.label,
+        op="cap" if caps else "op",
+        seed=plan.seed,
+    )
+
+
+def _row(work: _Work, subject: _Subject) -> ConfigRow:
+    config, label = subject.config, subject.label
+    mine = [one for one in work.agreements if one.config == label]
+    cells = [cell for cell in work.drift if cell.config == label]
+    caps = [step for step in work.caps if step.config == label and step.can_clamp]
     divergences = [one.first_divergence for one in mine if one.first_divergence is not None]
     total = sum(len(one.reference_ids) for one in mine)
-    equal = sum(one.match_ratio * len(one.reference_ids) for one in mine)
+    equal = sum(a == b for one in mine for a, b in zip(one.reference_ids, one.ids, strict=False))
     ratio = equal / total if total else 1.0
-    measured = files.done(config.label, "free") or {}
+    rel_l2_mean, rel_l2_max = _mean_max([cell.rel_l2 for cell in cells])
+    mae_mean, mae_max = _mean_max([cell.mae for cell in cells])
+    measured = subject.files.done(config.label, "free") or {}
     return ConfigRow(
-        label=config.label,
+        label=label,
         backend=config.backend,
         model_dtype=config.dtype,
         op_math=(config.dtype if config.op_math == "model" else config.op_math)
-        if files.plan.steering_digest
+        if subject.files.plan.steering_digest
         else "none",
-        is_reference=reference,
+        is_reference=subject is work.reference,
         num_prompts=len(work.prompts),
         identical_prompts=len(work.prompts) - len(divergences),
         match_ratio=ratio,
         significant_drift=ratio < SIGNIFICANT_DRIFT,
         first_divergence=min(divergences, default=None),
-        rel_l2_mean=statistics.fmean(cell.rel_l2 for cell in cells) if cells else None,
-        rel_l2_max=max((cell.rel_l2 for cell in cells), default=None),
-        mae_mean=statistics.fmean(cell.mae for cell in cells) if cells else None,
-        mae_max=max((cell.mae for cell in cells), default=None),
+        rel_l2_mean=rel_l2_mean,
+        rel_l2_max=rel_l2_max,
+        mae_mean=mae_mean,
+        mae_max=mae_max,
         clamp_rate=statistics.fmean(step.clamped for step in caps) if caps else None,
         cap_delta_rms=statistics.fmean(step.cap_delta**2 for step in caps) ** 0.5 if caps else None,
         tokens_per_second=measured["tokens"] / measured["seconds"] if measured.get("seconds") else None,
     )
 
 
+def _mean_max(values: Sequence[float]) -> tuple[float | None, float | None]:
+    if not values:
+        return None, None
+    return statistics.fmean(values), math.nan if any(map(math.isnan, values)) else max(values)
+
+
 def _prompt(work: _Work, index: int) -> PromptInfo:
-    tokens = work.side.forced(index)
+    tokens = work.side.tokens.filter((pl.col("prompt") == index) & ~pl.col("generated")).sort("position")
+    given = work.reference.files.plan.prompts[index]
     return PromptInfo(
-        index=index, text=work.files.plan.prompts[index], num_tokens=tokens.positions[0] if tokens.positions else 0
+        index=index, text=given if isinstance(given, str) else "".join(tokens["text"]), num_tokens=len(tokens)
     )
 
 
 def _short(ledger: AnalysisLedger) -> str:
-    if not ledger.compared_prompts:
+    if not ledger.compared_rows and not ledger.problems:
         return "nothing was compared"
     return f"{ledger.compared_rows} of {ledger.expected_rows} rows compared; " + "; ".join(ledger.problems[:3])
 
@@ -291,13 +339,14 @@ def _environment(record: dict[str, Any], model_digest: str) -> dict[str, str]:
     return {key: value for key, value in lines.items() if value}
 
 
-def _next(work: _Work, command: str) -> str:
+def _next(work: _Work, chosen: Sequence[_Subject], command: str) -> str:
+    """Say where to look next: the worst prompt and configuration, or the report."""
     worst = min(work.agreements, key=lambda one: (one.match_ratio, one.first_divergence or 0), default=None)
-    if worst is None or worst.first_divergence is None:
-        return f"trimtab report {work.files.path} --out report.html"
-    return (
-        f"{command} --prompt-idx {worst.prompt} --config {worst.config}" if "--prompt-idx" not in command else command
-    )
+    if worst is None or worst.first_divergence is None or "--prompt-idx" in command:
+        return f"{command} --html report.html"
+    label = next(one.config.label for one in chosen if one.label == worst.config)
+    narrowed = command if " --config " in command else f"{command} --config {label}"
+    return f"{narrowed} --prompt-idx {worst.prompt}"
 
 
 def _command(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 from trimtab.results import ConfigRow, DriftCell, Recommendation
 from trimtab.workflows._recommend import recommend
@@ -82,3 +83,10 @@ def test_an_interval_that_holds_zero_is_no_measurable_difference() -> None:
 def test_too_few_prompts_or_no_pair_give_no_advice() -> None:
     assert advice(-5e-3, 1e-4, prompts=2) is None
     assert recommend([CONFIGS[0], CONFIGS[2]], [row("bf16")], cells("bf16", 0.0, 0.0), reference="float32") is None
+
+
+def test_a_drift_that_is_not_finite_gives_no_advice() -> None:
+    drift = cells("bf16", 0.0, 1e-4) + cells("bf16_cap_fp32", 0.0, 1e-4)
+    drift[1] = replace(drift[1], rel_l2=float("nan"))
+    assert drift[1].layer == 1
+    assert recommend(CONFIGS, [row("bf16"), row("bf16_cap_fp32")], drift, reference="float32") is None
