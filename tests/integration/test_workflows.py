@@ -143,7 +143,7 @@ def test_an_interrupted_sweep_resumes_without_repeating(
         real(files, config, *rest)
 
     monkeypatch.setattr(sweep_module, "_run_pass", cut)
-    with pytest.raises(UnfinishedError, match="run the same command again"):
+    with pytest.raises(UnfinishedError, match="the same command again"):
         tt.sweep("testbed", prompts(3), **options)
     assert main(["analyze", str(tmp_path / "cut")]) == 3
     assert "is not finished" in capsys.readouterr().err

@@ -119,24 +119,27 @@ def sweep(
     files = _sweep_files.create(Path(out) / name, plan, provenance.collect(call=call), resume=resume)
     if given is not None and not files.steering_path.exists():
         given.save(files.steering_path)
-    next_command = f"trimtab analyze {files.path}"
-    total = len(plan.configs) * len(_sweep_files.PASSES) * len(plan.prompts)
-    try:
-        with progress("sweep", total) as bar:
-            for config in _reference_first(plan):
-                _run_config(files, config, given, bar)
-    except KeyboardInterrupt as error:
-        raise UnfinishedError(f"{files.path} was interrupted; run the same command again to go on") from error
-    return files.state(next_command)
+    return _finish(files, given)
 
 
 def resume_sweep(path: str | Path) -> SweepRun:
     """Finish the sweep in a directory, with the settings that it holds."""
     files = _sweep_files.load(path)
-    given = Steering.load(files.steering_path) if files.plan.steering_digest else None
-    with progress("sweep", len(files.plan.configs) * len(_sweep_files.PASSES) * len(files.plan.prompts)) as bar:
-        for config in _reference_first(files.plan):
-            _run_config(files, config, given, bar)
+    return _finish(files, Steering.load(files.steering_path) if files.plan.steering_digest else None)
+
+
+def _finish(files: SweepFiles, given: Steering | None) -> SweepRun:
+    """Run what is left, the reference first."""
+    plan = files.plan
+    try:
+        with progress("sweep", len(plan.configs) * len(_sweep_files.PASSES) * len(plan.prompts)) as bar:
+            for config in sorted(plan.configs, key=lambda config: config.label != plan.reference):
+                _run_config(files, config, given, bar)
+    except KeyboardInterrupt as error:
+        raise UnfinishedError(
+            f"{files.path} was interrupted; go on with the same command again, or: "
+            f"trimtab rerun {files.path} --out {files.path}"
+        ) from error
     return files.state(f"trimtab analyze {files.path}")
 
 
@@ -257,10 +260,6 @@ def _open(
     options = {"device": device, "engine": dict(engine) if engine else None}
     given = {key: value for key, value in options.items() if value is not None}
     return open_backend(config.backend, model, dtype=config.dtype, batch_size=batch_size, **given)
-
-
-def _reference_first(plan: SweepPlan) -> list[SweepConfig]:
-    return sorted(plan.configs, key=lambda config: config.label != plan.reference)
 
 
 def _run_config(files: SweepFiles, config: SweepConfig, given: Steering | None, bar: Progress) -> None:
