@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,18 +109,30 @@ def unit_roundoff(dtype: str | torch.dtype) -> float:
 def coarser(a: str | torch.dtype, b: str | torch.dtype) -> torch.dtype:
     """Return the dtype with the larger unit roundoff; `a` on a tie.
 
-    A floating dtype is coarser than an exact one. Of two exact dtypes the result is the one that torch promotes
-    both to, so nothing is lost.
+    A floating dtype is coarser than an exact one. Of two exact dtypes the result is the smallest that holds the
+    values of both, so nothing is lost.
+
+    Raises:
+        InputError: for uint64 and a signed integer, whose values no dtype holds.
     """
     first, second = resolve_dtype(a), resolve_dtype(b)
     bits_first, bits_second = _SIGNIFICAND.get(first), _SIGNIFICAND.get(second)
     if bits_first is None and bits_second is None:
-        return first if first == second else torch.promote_types(first, second)
+        return first if first == second else _holding(first, second)
     if bits_first is None:
         return second
     if bits_second is None:
         return first
     return second if bits_second < bits_first else first
+
+
+def _holding(first: torch.dtype, second: torch.dtype) -> torch.dtype:
+    """The smallest exact dtype that holds two (torch promotes no unsigned integers beyond uint8)."""
+    names = dtype_name(first), dtype_name(second)
+    found = np.promote_types(*names)
+    if found.kind not in "biu":
+        raise InputError(f"no exact dtype holds the values of both {names[0]} and {names[1]}; compare them as stored")
+    return _BY_NAME[found.name]
 
 
 def round_to(tensor: Tensor, dtype: str | torch.dtype) -> Tensor:
@@ -130,9 +143,9 @@ def round_to(tensor: Tensor, dtype: str | torch.dtype) -> Tensor:
     Melquiond, Emulation of FMA and correctly rounded sums, IEEE TC 2008). Overflow follows torch's own conversion.
     """
     target = resolve_dtype(dtype)
-    if tensor.dtype in (torch.int32, torch.int64) and is_floating(target):
-        tensor = tensor.to(torch.float64)
     narrow = not target.is_complex and _SIGNIFICAND.get(target, 53) < 24
+    if narrow and tensor.dtype in (torch.int32, torch.int64):
+        tensor = tensor.to(torch.float64)
     if tensor.dtype != torch.float64 or not narrow:
         return tensor.to(target)
     single = tensor.to(torch.float32)

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from trimtab.numerics._layout import CODES, kernels, plain, rectangles, table_address
@@ -113,7 +114,8 @@ def tensor_statistics(tensor: Tensor) -> TensorStatistics:
         tensor: dense tensor of any shape and dtype; read where it lies when contiguous on the CPU.
     """
     code = CODES.get(tensor.dtype)
-    if code is None or not (tensor.is_cpu and tensor.is_contiguous()) or tensor.is_conj() or tensor.is_neg():
+    plainly = tensor.layout == torch.strided and tensor.is_cpu and tensor.is_contiguous()
+    if code is None or not plainly or tensor.is_conj() or tensor.is_neg():
         whole = Moments.of(tensor)
         return TensorStatistics(whole.mean, whole.std, whole.absmax, whole.nan_count, whole.inf_count)
     count, mean, m2, absmax, nans, infs = kernels().moments(

@@ -128,9 +128,10 @@ def compare_pair_coarser(
 
     What `compare_pair` of a float32 and a bfloat16 tensor shows includes the storage rounding of the coarser side;
     here that rounding is on both sides, so 0 means "the same up to storage". Arguments and result as `compare_pair`;
-    the result's dtypes are the common one.
+    the result's dtypes are the common one. Two exact dtypes are compared as they are, by value.
     """
-    common = coarser(reference.dtype, candidate.dtype)
+    rounded = is_floating(reference.dtype) or is_floating(candidate.dtype)
+    common = coarser(reference.dtype, candidate.dtype) if rounded else None
     return _compare(reference, candidate, engine=engine, per_row=per_row, common=common)
 
 
@@ -169,6 +170,9 @@ def _run(left: Tensor, right: Tensor, engine: Engine, per_row: bool, common: tor
     width = left.shape[-1] if left.dim() else 1
     rows = math.prod(left.shape[:-1])
     total = Sums(rows=rows, channels=width if width <= _CHANNEL_LIMIT else 0, keep_rows=per_row, scale=scale)
+    if left.numel() == 0:  # rows of no element are zero rows
+        total.cosine_sum = float(rows)
+        total.kept.cosine[:] = 1.0
     for part in rectangles(left, right, _LIMIT[engine]):
         if common is not None:
             rounded = round_to(part.reference, common), round_to(part.candidate, common)

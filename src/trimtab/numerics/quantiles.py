@@ -73,8 +73,9 @@ class QuantileSketch:
 
     A bucket is 2^-7 of its values wide and stands for its middle, so a quantile has a relative error of at most
     2^-8 = 0.4 %, for every distribution and after any number of merges; zero, infinities and the least and greatest
-    value are exact. (The idea of HdrHistogram and of DDSketch, Masson et al., VLDB 2019, with float64's own bits as
-    the logarithm.) Merging adds counts: exact, commutative and associative.
+    value are exact (float64's subnormal numbers are within 2^-1029 instead). The idea is that of HdrHistogram and of
+    DDSketch (Masson et al., VLDB 2019), with float64's own bits as the logarithm. Merging adds counts: exact,
+    commutative and associative.
     """
 
     keys: Integers = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -131,4 +132,5 @@ def _middle(keys: Integers) -> Floats:
     with np.errstate(invalid="ignore", over="ignore"):
         high = ((magnitude + 1) << _SHIFT).view(np.float64)
         middle = np.where(np.isinf(low), low, low + np.where(np.isinf(high), 0.0, (high - low) / 2))
+    middle = np.where(magnitude == 0, 0.0, middle)
     return np.where(keys < 0, -middle, middle)
