@@ -139,8 +139,8 @@ def _compare(
     reference: Tensor, candidate: Tensor, *, engine: Engine, per_row: bool, common: torch.dtype | None
 ) -> PairStats:
     """Check, run the engine over rectangles, finish; again with a scale when float64 squares left their range."""
-    names = (dtype_name(common or reference.dtype), dtype_name(common or candidate.dtype))
     left, right = plain(reference), plain(candidate)
+    names = (dtype_name(common or reference.dtype), dtype_name(common or candidate.dtype))
     if left.shape != right.shape:
         raise InputError(
             f"got reference {tuple(reference.shape)} {dtype_name(reference.dtype)} and candidate "
