@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.errors import InputError
-from trimtab.numerics import compare_pair, compare_pair_coarser, pair
+from trimtab.numerics import compare_pair, compare_pair_coarser, metrics, pair
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 EXACT = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32, torch.int64)
@@ -210,3 +210,37 @@ def test_bad_input_is_refused_in_one_line() -> None:
         with pytest.raises(InputError, match=said) as raised:
             compare_pair(reference, candidate, **options)  # type: ignore[arg-type]
         assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("shape", [(7, 900), (2, 1300), (1, 5)], ids=str)
+def test_threads_share_rows_or_columns_without_a_trace(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    reference, candidate = make(shape, torch.float32, 1), make(shape, torch.bfloat16, 2)
+    reference[-1, 3] = math.nan
+    alone = compare_pair(reference, candidate)
+    monkeypatch.setattr(pair, "_THREAD_WORTH", 1)
+    monkeypatch.setattr(pair.torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(pair.os, "sched_getaffinity", lambda _: range(3), raising=False)
+    together = compare_pair(reference, candidate)
+    assert together.max_abs_index == alone.max_abs_index and together.nan_reference == 1
+    for name in ("mae", "rmse", "max_abs", "cosine", "slope", "mean_error", "unequal"):
+        assert getattr(together, name) == pytest.approx(getattr(alone, name), rel=1e-12)
+    np.testing.assert_allclose(together.row_error, alone.row_error, rtol=1e-12)
+    np.testing.assert_allclose(together.channel_rms, alone.channel_rms, rtol=1e-12)
+
+
+def test_the_first_of_equal_differences_is_named() -> None:
+    for engine in ("numba", "torch"):
+        candidate = torch.zeros(3, 9000)
+        candidate[2, 5] = candidate[1, 8500] = candidate[1, 8700] = -1.0
+        assert compare_pair(torch.zeros(3, 9000), candidate, engine=engine).max_abs_index == (1, 8500)
+
+
+def test_metrics_are_figures_of_the_pass() -> None:
+    reference, candidate = make((4, 33), torch.float32, 3), make((4, 33), torch.float16, 4)
+    reference[1, 2], candidate[2, 1] = math.inf, math.nan
+    found = compare_pair(reference, candidate)
+    for name in ("mae", "rmse", "max_abs", "rel_l2", "rel_diff", "cosine_flat", "slope"):
+        assert getattr(metrics, name)(reference, candidate) == getattr(found, name)
+    assert list(metrics.cosine(reference, candidate)) == list(found.row_cosine)
+    assert metrics.sqnr(reference, reference) == math.inf
+    assert metrics.sqnr(torch.zeros(2), torch.ones(2)) == -math.inf
