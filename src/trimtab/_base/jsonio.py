@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,13 +30,18 @@ def dumps(value: Any, *, indent: int | None = None) -> str:
     return json.dumps(plain(value), indent=indent, separators=separators, allow_nan=False, ensure_ascii=False)
 
 
-def loads(text: str | bytes) -> Any:
+def loads(text: str | bytes, source: str | os.PathLike[str] = "") -> Any:
     """Parse JSON; the strings "inf", "-inf" and "nan" are left to the schema (pydantic reads them as floats).
 
+    Args:
+        text: the document.
+        source: its file, for the message.
+
     Raises:
-        InputError: not JSON; the message gives line and column.
+        InputError: not JSON; the message gives file, line and column.
     """
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(f"not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error
+        where = f"{os.fspath(source)} is " if source else ""
+        raise InputError(f"{where}not JSON: {error.msg} at line {error.lineno} column {error.colno}") from error

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from typing import Any, cast
+
+import torch
 
 from trimtab.backends.base import Backend
 from trimtab.errors import InputError, PrerequisiteError
@@ -37,9 +40,21 @@ def open_backend(name: str, model: Any, **options: Any) -> Backend:
     if importlib.util.find_spec(module) is None:
         raise PrerequisiteError(f"the backend {name!r} is not part of this installation; use one of hf, mock")
     cls = getattr(importlib.import_module(module), kind)
-    try:
-        return cast(Backend, cls(model, **options))
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error) and kind in str(error):
-            raise InputError(f"backend {name!r}: {error}; see help({kind})") from error
-        raise
+    known = [option for option in inspect.signature(cls).parameters if option != "model"]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise InputError(f"backend {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
+    if options.get("device") is not None:
+        _check_device(str(options["device"]), must_exist=not isinstance(model, torch.nn.Module))
+    return cast(Backend, cls(model, **options))
+
+
+def _check_device(device: str, *, must_exist: bool) -> None:
+    """Refuse a device that does not exist here, before a model is loaded for it."""
+    kind, _, index = device.partition(":")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind)
+    if count is None or (index and not index.isdecimal()):
+        raise InputError(f"device {device!r}: use cpu, cuda, cuda:N or mps")
+    if must_exist and int(index or 0) >= count:
+        here = f"there is no more than {count} of that kind" if count else f"this machine or this torch has no {kind}"
+        raise InputError(f"device {device!r}: {here}; use another, or leave it out to take the best there is")

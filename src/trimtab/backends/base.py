@@ -61,6 +61,8 @@ class Sampling:
             raise InputError(f"top_p is {self.top_p}; a number above 0 and at most 1 was expected (1: keep all)")
         if self.top_k < 0:
             raise InputError(f"top_k is {self.top_k}; 0 (keep all) or a positive number was expected")
+        if not -(2**63) <= self.seed < 2**64:
+            raise InputError(f"seed is {self.seed}; an integer of 64 bits was expected")
 
 
 GREEDY = Sampling()

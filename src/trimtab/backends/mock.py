@@ -91,6 +91,9 @@ class MockBackend:
         layers: decoder blocks.
         hidden_size: width of the residual stream.
         max_positions: most positions of a request.
+        device: "cpu"; there is no other here.
+        batch_size: taken for symmetry; prompts run one at a time.
+        allow_fallback: taken for symmetry; the model is known.
     """
 
     name = "mock"
@@ -103,9 +106,16 @@ class MockBackend:
         layers: int = 2,
         hidden_size: int = 16,
         max_positions: int = 512,
+        device: str | None = None,
+        batch_size: int = 8,
+        allow_fallback: bool = False,
     ) -> None:
         if not isinstance(model, str):
             raise InputError(f"the mock backend has its own model; a name was expected, got {type(model).__name__}")
+        if device not in (None, "cpu"):
+            raise InputError(f"the mock backend runs on the cpu; device={device!r} was asked for")
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}; at least 1 was expected")
         self.model_id = model
         self.tokenizer = MockTokenizer()
         self.eos_ids = frozenset([EOS])

@@ -34,10 +34,7 @@ def debug_decode(
         max_tokens: decode steps.
         logprobs: how many most probable tokens are compared at each step.
     """
-    kwargs = given(
-        steering=steering_input(steering, steer),
-        compare_precision=compare_precision,
-        compare_dtype=compare_dtype,
-    )
+    kwargs = {"steering": steering_input(steering, steer)}
+    kwargs |= given(compare_precision=compare_precision, compare_dtype=compare_dtype)
     kwargs |= {"max_tokens": max_tokens, "logprobs": logprobs, "dtype": model.dtype} | model.kwargs() | engine.kwargs()
     return run(Call(function="trimtab.debug_decode", args=(model.model, prompt), kwargs=kwargs), output)

@@ -70,7 +70,9 @@ def read_expectation(path: str | Path) -> Expectation:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise InputError(f"the expectation file {path} cannot be read: {error.strerror}") from error
-    document = jsonio.loads(text)
+    except UnicodeDecodeError as error:
+        raise InputError(f"the expectation file {path} is not text: {error.reason} at byte {error.start}") from error
+    document = jsonio.loads(text, path)
     if not isinstance(document, dict):
         raise InputError(f"{path}: an expectation is a JSON object with some of {', '.join(KEYS)}")
     unknown = sorted(set(document) - set(KEYS))

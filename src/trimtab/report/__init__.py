@@ -113,7 +113,7 @@ def _load(path: Path) -> Analysis | Comparison:
         raise InputError(f"no such file: {str(path)!r}; give the JSON file of a result") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{str(path)!r} is not text: {error.reason} at byte {error.start}") from error
-    document = jsonio.loads(text)
+    document = jsonio.loads(text, path)
     keys = set(document) if isinstance(document, dict) else set()
     if keys and document.get("kind") == "analysis":
         return from_json(Analysis, text)

@@ -45,15 +45,27 @@ def from_json(cls: type[T], text: str) -> T:
     """Read what `to_json` wrote.
 
     Raises:
-        InputError: the document does not fit the schema; the message names the first field at fault.
+        InputError: a newer version wrote it, or it does not fit the schema; the message names the first field at fault.
     """
     try:
-        value: T = _adapter(cls).validate_python(jsonio.loads(text))
+        document = jsonio.loads(text)
+        _check_version(cls, document)
+        value: T = _adapter(cls).validate_python(document)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"not a {cls.__name__} document: {where or 'top level'}: {first['msg']}") from error
     return value
+
+
+def _check_version(cls: type[Any], document: Any) -> None:
+    known = getattr(cls, "__dataclass_fields__", {}).get("format_version")
+    found = document.get("format_version") if isinstance(document, dict) else None
+    if known is not None and isinstance(found, int) and found > known.default:
+        raise InputError(
+            f"a {cls.__name__} document of format version {found}; this trimtab reads versions up to {known.default}: "
+            "upgrade trimtab"
+        )
 
 
 def schema(cls: type[Any]) -> dict[str, Any]:

@@ -47,7 +47,8 @@ def read(path: str | os.PathLike[str], formats: str, version: int) -> tuple[dict
     """
     source = Path(path)
     if not source.is_file():
-        raise SteeringError(f"{source}: no such file")
+        what = "is a directory" if source.is_dir() else "no such file"
+        raise SteeringError(f"{source}: {what}; give a .safetensors file that save wrote")
     try:
         with safetensors.safe_open(str(source), framework="pt") as stream:
             metadata = dict(stream.metadata() or {})

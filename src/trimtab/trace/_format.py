@@ -190,6 +190,12 @@ def read_manifest(store: Store) -> dict[str, Any]:
             f"{store.root} has trace format version {version}; this trimtab reads versions up to {FORMAT_VERSION}: "
             "upgrade trimtab"
         )
+    missing = [key for key in ("kind", "level", "created", "provenance") if key not in manifest]
+    if missing:
+        raise TraceCorruptError(
+            f"{store.root}/{MANIFEST} is damaged: it has no {missing[0]!r}; restore it from a copy, or write the run "
+            "again"
+        )
     return dict(manifest)
 
 

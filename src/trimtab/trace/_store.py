@@ -296,9 +296,8 @@ def write_error(store: Store, name: str, error: OSError) -> TraceError:
         advice = "give a directory that this user may write to"
     elif error.errno in (errno.ENOTDIR, errno.EEXIST):
         advice = "a file stands where a directory is needed"
-    return TraceWriteError(
-        f"cannot write {store.root}/{name}: {reason}; {advice}; what was committed before stays readable"
-    )
+    place = store.root if name == "." else f"{store.root}/{name}"
+    return TraceWriteError(f"cannot write {place}: {reason}; {advice}; what was committed before stays readable")
 
 
 def _alive(pid: int) -> bool:

@@ -148,7 +148,8 @@ def create(path: Path, plan: SweepPlan, provenance: dict[str, Any], *, resume: b
     """Make the directory of a sweep, or take up one with the same plan.
 
     Raises:
-        RecipeError: the directory holds a sweep with another plan, or `resume` is False and it exists.
+        RecipeError: the directory holds a sweep with another plan, `resume` is False and it exists, or it cannot be
+            made.
     """
     if (path / "sweep.json").exists():
         files = load(path)
@@ -161,7 +162,10 @@ def create(path: Path, plan: SweepPlan, provenance: dict[str, Any], *, resume: b
         if not resume:
             raise RecipeError(f"{path} already holds this sweep; use another run id, or leave resume on")
         return files
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be made: {error.strerror}; give another directory or run id") from error
     if any(path.iterdir()):
         raise RecipeError(f"{path} exists and is not a sweep; use another run id")
     document = {"format_version": SWEEP_VERSION, "kind": "sweep", "plan": asdict(plan), "provenance": provenance}

@@ -81,7 +81,7 @@ def debug_decode(
         engine: settings of the vLLM engine.
 
     Raises:
-        InputError: both or an equal precision on both sides.
+        InputError: both or an equal precision on both sides, no token, or an empty prompt.
         SteeringError: no steering, or ops at several sites.
 
     Example:
@@ -89,6 +89,10 @@ def debug_decode(
     """
     dtype, compare_dtype = dtype_name(dtype), None if compare_dtype is None else dtype_name(compare_dtype)
     tested, reference = _settings(dtype, compare_precision, compare_dtype)
+    if max_tokens < 1:
+        raise InputError(f"max_tokens is {max_tokens}; at least 1 token must be generated")
+    if logprobs < 0:
+        raise InputError(f"logprobs is {logprobs}; 0 or a positive number was expected")
     request = Request(id="prompt-0000", prompt=as_prompt(prompt), max_new_tokens=max_tokens, logprobs=max(2, logprobs))
     options = {"device": device, "batch_size": 1, "allow_fallback": allow_fallback, "engine": engine}
     options = {key: value for key, value in options.items() if value is not None}

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from trimtab._base import jsonio
 from trimtab._base.files import atomic_write_bytes
 from trimtab.errors import InputError
 from trimtab.results import GenerationRun, SweepRun
@@ -36,6 +35,8 @@ def rerun(manifest: str | Path, *, out: str | Path | None = None) -> SweepRun | 
     """
     place = Path(manifest)
     source = place.parent if place.is_file() else place
+    if source.name in ("", ".."):
+        source = source.resolve()
     target = Path(out) if out is not None else source.with_name(f"{source.name}-rerun")
     if (source / "sweep.json").is_file():
         return _repeat_sweep(source, target)
@@ -56,8 +57,7 @@ def _repeat_sweep(source: Path, target: Path) -> SweepRun:
 
 
 def _read_call(source: Path) -> dict[str, Any]:
-    record = jsonio.loads((source / "manifest.json").read_text())
-    call = _find(record, "call")
+    call = Trace.open(source).manifest["provenance"].get("call")
     if not isinstance(call, Mapping) or call.get("function") not in _FUNCTIONS:
         raise InputError(f"{source} cannot be repeated from its manifest: it does not say which call made it")
     known = set(inspect.signature(_FUNCTIONS[call["function"]]).parameters)
@@ -70,8 +70,3 @@ def _read_call(source: Path) -> dict[str, Any]:
     if made.get("steering") is not None:
         made["steering"] = source / STEERING_FILE
     return made
-
-
-def _find(record: Mapping[str, Any], key: str) -> Any:
-    """Return a key of the manifest's provenance."""
-    return record.get("provenance", {}).get(key)

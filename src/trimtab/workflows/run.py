@@ -18,6 +18,7 @@ from trimtab.results import GeneratedText, GenerationRun
 from trimtab.sites import split_patterns
 from trimtab.steering import Positions, Steering
 from trimtab.trace import Trace, TraceWriter
+from trimtab.workflows._fresh import removed_when_refused
 from trimtab.workflows._plan import trace_plan
 from trimtab.workflows._steer import SteeringInput, build_steering, describe
 
@@ -326,7 +327,10 @@ def _run(
             call=_recordable(call, steering),
         )
         plan = trace_plan(runner, requests, capture)
-        with TraceWriter(out, kind="generation", plan=plan, provenance=record, max_bytes=max_bytes) as writer:
+        with (
+            removed_when_refused(out, "part-*" if capture is None else "tensors/part-*"),
+            TraceWriter(out, kind="generation", plan=plan, provenance=record, max_bytes=max_bytes) as writer,
+        ):
             made = runner.generate(
                 requests, capture=capture, writer=writer, allow_unfired=allow_unfired, progress=finished
             )

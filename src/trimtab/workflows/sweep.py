@@ -24,6 +24,7 @@ from trimtab.sites import split_patterns
 from trimtab.steering import Steering
 from trimtab.trace import TraceWriter
 from trimtab.workflows import _sweep_files
+from trimtab.workflows._fresh import removed_when_refused
 from trimtab.workflows._plan import captured_sites, trace_plan
 from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
 from trimtab.workflows._sweep_files import Pass, SweepFiles, SweepPlan
@@ -116,10 +117,12 @@ def sweep(
     name = safe_name(run_id or datetime.datetime.now().strftime("%Y%m%d-%H%M%S"), "run id")
     plan, given = _plan(settings, quick=quick)
     call = {"function": "sweep", "quick": quick, "run_id": name}
-    files = _sweep_files.create(Path(out) / name, plan, provenance.collect(call=call), resume=resume)
-    if given is not None and not files.steering_path.exists():
-        given.save(files.steering_path)
-    return _finish(files, given)
+    place = Path(out) / name
+    with removed_when_refused(place, "done.json"):
+        files = _sweep_files.create(place, plan, provenance.collect(call=call), resume=resume)
+        if given is not None and not files.steering_path.exists():
+            given.save(files.steering_path)
+        return _finish(files, given)
 
 
 def resume_sweep(path: str | Path) -> SweepRun:
@@ -218,6 +221,8 @@ def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | No
         raise InputError("a sweep needs prompts: give --prompt TEXT or --prompt-file FILE")
     if settings.max_tokens < 1:
         raise InputError(f"max_tokens is {settings.max_tokens}; at least 1 token must be generated")
+    if settings.logprobs < 0:
+        raise InputError(f"logprobs is {settings.logprobs}; 0 or a positive number was expected")
     first = next(config for config in configs if config.label == reference)
     with closing(_open(settings.model, first, settings.device, settings.batch_size, settings.engine)) as backend:
         info = backend.info

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3Config,
 
 from trimtab._base import files, jsonio, provenance
 from trimtab._base.progress import progress as show_progress
-from trimtab.errors import InputError
+from trimtab.errors import InputError, RecipeError
 from trimtab.sites import Site
 from trimtab.steering import SteeringVector
 from trimtab.testbed import assets, exact, grammar, lexicon, scorer
@@ -102,6 +102,8 @@ def build(
         RecipeError: impossible numbers.
     """
     recipe = recipe if steps is None else replace(recipe, steps=steps)
+    if not -(2**63) <= seed < 2**64:
+        raise RecipeError(f"seed is {seed}; an integer of 64 bits was expected")
     target = _check_target(Path(out))
     started = time.perf_counter()
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

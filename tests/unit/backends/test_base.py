@@ -47,7 +47,7 @@ def test_a_list_is_no_prompt() -> None:
 def test_unknown_backends_models_and_options_are_refused() -> None:
     with pytest.raises(InputError, match="no backend 'onnx'; there are hf, mock, vllm"):
         open_backend("onnx", "m")
-    with pytest.raises(InputError, match="unexpected keyword argument 'speed'"):
+    with pytest.raises(InputError, match="backend 'mock' has no option 'speed'; it has dtype, layers"):
         open_backend("mock", "m", speed=3)
     with pytest.raises(InputError, match="a name was expected"):
         open_backend("mock", 3)
