@@ -47,6 +47,7 @@ def build() -> object:
         version=__version__,
         result_action="return_value",
         help_format="plaintext",
+        suppress_keyboard_interrupt=False,  # else it exits with 130 before `guard` sees it
     )
     for verb, text in _COMMANDS.items():
         name = verb.replace("-", "_")
