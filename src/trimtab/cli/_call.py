@@ -98,9 +98,10 @@ def run(
         return 0
     returned = call()
     result = returned if summarise is None else summarise(returned)
-    sys.stdout.write(_text(result, output, show).rstrip("\n") + "\n")
     if html is not None:
         Call(function="trimtab.report", args=(result, html))()
+    sys.stdout.write(_text(result, output, show).rstrip("\n") + "\n")
+    if html is not None:
         sys.stdout.flush()
         sys.stderr.write(f"\nreport: {html}\n")
     return exit_code(result)

@@ -33,7 +33,8 @@ def report(result: Any, path: str | os.PathLike[str] | None = None) -> str | Pat
         The text form without a path; else the path that was written.
 
     Raises:
-        InputError: another ending, no such file or directory, or a result that has no such form.
+        InputError: another ending, no such file or directory, one that cannot be written, or a result that has no
+            such form.
     """
     if isinstance(result, str | os.PathLike):
         result = _load(Path(result))
@@ -52,7 +53,10 @@ def report(result: Any, path: str | os.PathLike[str] | None = None) -> str | Pat
         data = render_json(result).encode("utf-8", "backslashreplace")
     else:
         data = render_text(result).encode()
-    atomic_write_bytes(target, data)
+    try:
+        atomic_write_bytes(target, data)
+    except OSError as error:
+        raise InputError(f"report path {str(target)!r} cannot be written: {error.strerror}; give another") from error
     return target
 
 
