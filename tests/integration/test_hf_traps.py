@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from trimtab import testbed
 from trimtab.backends import Capture, Request, Sampling, open_backend
 from trimtab.errors import BackendError, InputError, NotAppliedError, SiteError, UnfiredError
 from trimtab.sites import Site
@@ -418,3 +420,13 @@ def test_provenance_holds_the_inventory_of_sites_and_the_checks() -> None:
     assert found["model_dtype"] == "float32" and found["attention"] == "sdpa"
     assert Site.parse("layers.0.attn_z") in backend.sites()
     backend.close()
+
+
+def test_weights_that_were_cut_off_are_refused_in_one_line(tmp_path: Path) -> None:
+    place = tmp_path / "cut"
+    shutil.copytree(testbed.path(), place)
+    weights = place / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="cannot be loaded") as caught:
+        open_backend("hf", str(place))
+    assert "\n" not in str(caught.value)

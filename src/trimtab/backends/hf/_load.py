@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 
 from trimtab import testbed
@@ -57,7 +58,7 @@ def load(
     try:
         with out_of_memory(f"loading {name!r} as {dtype_name(target)}", "load it in a smaller dtype"):
             return _from_pretrained(place, name, target, tokenizer, device, attention, revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"model {name!r} cannot be loaded: {_one_line(error)}") from error
 
 
