@@ -3,16 +3,21 @@
 The model is a random Qwen3 of 6 blocks, width 384 (a decode step of a few milliseconds, so that overheads show), in
 float32 on the CPU; 4 prompts of 32 tokens, 26 generated tokens each, greedy, no end token. Capturing is compared with
 `model.generate(..., output_hidden_states=True)`, steering with a bare forward hook in the same generation loop.
+
+`--prefill` prints what one op costs on the activation of a large prefill, beside the addition of a bare hook; the same
+table stands in the notes of `one_add_at_one_site`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ from _claims import Measured, main, overhead, summary
 from safetensors.torch import save_file
 
 from trimtab.backends import Capture, Request, open_backend
-from trimtab.steering import Add, Steering
+from trimtab.steering import Ablate, Add, Cap, Op, Rows, Steering
 from trimtab.trace import NullWriter, TraceWriter
 
 LAYERS, WIDTH, VOCABULARY = 6, 384, 512
@@ -125,7 +130,47 @@ def add_claim(pairs: int) -> Measured:
 
     assert [one.token_ids for one in bare()] == [one.token_ids for one in backend.generate(steered)]  # type: ignore[attr-defined]
     found, control = overhead(lambda: backend.generate(steered), bare, pairs=pairs)
-    return Measured(name="one_add_at_one_site", samples=found, control=control, notes=summary(found))
+    notes = {**summary(found), "prefill": prefill_table(pairs)}
+    return Measured(name="one_add_at_one_site", samples=found, control=control, notes=notes)
+
+
+# -- one op on the activation of a large prefill
+
+PREFILL = (4, 512, 4096)
+
+
+def prefill_row(name: str, op: Op, positions: str, dtype: torch.dtype, pairs: int) -> dict[str, Any]:
+    """Return median milliseconds of `h + v` and of the op, taken in turn, and their ratio."""
+    batch, length, width = PREFILL
+    generator = torch.Generator().manual_seed(3)
+    h = torch.randn(batch * length, width, generator=generator).to(dtype)
+    shift = torch.randn(width, generator=generator).to(dtype)
+    (program,) = Steering({"embed": op}, positions=positions).resolve(num_layers=1, hidden_size=width).values()
+    where = torch.arange(length).repeat(batch)
+
+    def seconds(work: Callable[[], object]) -> float:
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    took = [
+        (seconds(lambda: h + shift), seconds(lambda: program.apply(h, Rows(where, length // 2))))
+        for _ in range(pairs + 2)
+    ][2:]
+    bare, steered = (1e3 * statistics.median(column) for column in zip(*took, strict=True))
+    case = f"{name}, {positions}, {str(dtype).removeprefix('torch.')}"
+    return {"case": case, "bare_ms": bare, "op_ms": steered, "ratio": steered / bare}
+
+
+def prefill_table(pairs: int) -> list[dict[str, Any]]:
+    u = torch.randn(PREFILL[-1], generator=torch.Generator().manual_seed(4))
+    ops: dict[str, Op] = {"Add": Add(u, 0.5), "Cap": Cap(u, max=0.1), "Ablate": Ablate(u, 0.0)}
+    return [
+        prefill_row(name, op, positions, dtype, pairs)
+        for dtype in (torch.bfloat16, torch.float32)
+        for name, op in ops.items()
+        for positions in ("all", "prompt")
+    ]
 
 
 # -- memory: each case in a process of its own, because a peak never falls
@@ -195,5 +240,9 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--memory"]:
         torch.set_num_threads(1)
         print(json.dumps(memory_case(sys.argv[2] == "capture")))
+    elif sys.argv[1:2] == ["--prefill"]:
+        torch.set_num_threads(1)
+        for row in prefill_table(15):
+            print(f"{row['case']:28} bare {row['bare_ms']:7.2f} ms   op {row['op_ms']:7.2f} ms   {row['ratio']:6.2f} x")
     else:
         main(__file__, measure)

@@ -6,6 +6,7 @@ Names are imported when they are used: `import trimtab` loads no torch.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
     from trimtab.trace import Trace as Trace
     from trimtab.trace import TraceWriter as TraceWriter
     from trimtab.workflows.analyze import analyze as analyze
+    from trimtab.workflows.cluster import compare_on_ray as compare_on_ray
+    from trimtab.workflows.commits import commits as commits
     from trimtab.workflows.config import Steer as Steer
     from trimtab.workflows.debug_decode import debug_decode as debug_decode
     from trimtab.workflows.demo import demo as demo
@@ -41,8 +44,11 @@ if TYPE_CHECKING:
     from trimtab.workflows.rerun import rerun as rerun
     from trimtab.workflows.run import capture as capture
     from trimtab.workflows.run import generate as generate
+    from trimtab.workflows.stress import stress as stress
     from trimtab.workflows.sweep import sweep as sweep
     from trimtab.workflows.testbed import build as testbed_build
+    from trimtab.workflows.training_queue import train_all as train_all
+    from trimtab.workflows.triage import triage as triage
 
 _WHERE = {
     "Ablate": "steering",
@@ -64,17 +70,26 @@ _WHERE = {
     "TrimtabError": "errors",
     "analyze": "workflows.analyze",
     "capture": "workflows.run",
+    "commits": "workflows.commits",
     "compare": "compare",
+    "compare_on_ray": "workflows.cluster",
     "debug_decode": "workflows.debug_decode",
     "demo": "workflows.demo",
     "doctor": "workflows.doctor",
+    "dump": "dump:",
+    "evaluate": "evaluate:",
     "generate": "workflows.run",
     "load_direction": "directions",
     "open_backend": "backends",
     "report": "report",
     "rerun": "workflows.rerun",
+    "stress": "workflows.stress",
     "sweep": "workflows.sweep",
     "testbed_build": "workflows.testbed:build",
+    "train_all": "workflows.training_queue",
+    "triage": "workflows.triage",
+    "vectors": "vectors:",
+    "vllm": "backends.vllm:",
 }
 
 __all__ = [
@@ -98,25 +113,36 @@ __all__ = [
     "__version__",
     "analyze",
     "capture",
+    "commits",
     "compare",
+    "compare_on_ray",
     "debug_decode",
     "demo",
     "doctor",
+    "dump",
+    "evaluate",
     "generate",
     "load_direction",
     "open_backend",
     "report",
     "rerun",
+    "stress",
     "sweep",
     "testbed_build",
+    "train_all",
+    "triage",
+    "vectors",
+    "vllm",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
-    module, _, attribute = _WHERE[name].partition(":")
-    value = getattr(importlib.import_module(f"trimtab.{module}"), attribute or name)
+    module, colon, attribute = _WHERE[name].partition(":")
+    value = importlib.import_module(f"trimtab.{module}")
+    if attribute or not colon:
+        value = getattr(value, attribute or name)
     globals()[name] = value
     return value
 
@@ -134,3 +160,5 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+if os.environ.get("TRIMTAB_DUMP"):
+    importlib.import_module("trimtab.dump.environment").start()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal, Protocol
@@ -22,9 +22,21 @@ from torch import Tensor, nn
 from trimtab.errors import BackendError, SiteError
 from trimtab.sites import Site
 
-__all__ = ["HookPoint", "HookSet", "ModuleHandle", "Visitor", "attach", "module_handle"]
+__all__ = [
+    "HookPoint",
+    "HookSet",
+    "ModuleHandle",
+    "Reader",
+    "Visitor",
+    "attach",
+    "is_compiled",
+    "leaves",
+    "module_handle",
+    "observe",
+]
 
 Visitor = Callable[[Tensor], Tensor | None]
+Reader = Callable[[Any], None]
 Side = Literal["input", "output", "logits", "grad_output", "grad_input"]
 
 
@@ -234,6 +246,67 @@ def attach(model: nn.Module, visitors: Iterable[tuple[HookPoint, Visitor]], *, a
     return hooks
 
 
+def observe(
+    module: nn.Module, *, inputs: Reader | None = None, outputs: Reader | None = None, first: bool = False
+) -> Callable[[], None]:
+    """Let functions see everything that a module is called with and returns, without a way to change it.
+
+    They are not called in code that torch.compile traces, so that what is compiled stays what it was. Around a module
+    that is compiled in place they run outside the compiled code.
+
+    Args:
+        module: the module.
+        inputs: called with a dict of the arguments, positional ones under their number, before the module runs.
+        outputs: called with what the module returned.
+        first: run before the hooks that the module has already.
+
+    Returns:
+        A function that removes the hooks.
+    """
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if inputs is not None and not torch.compiler.is_compiling():
+            inputs({**dict(enumerate(args)), **kwargs})
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if outputs is not None and not torch.compiler.is_compiling():
+            outputs(output)
+
+    compiled: Any = getattr(module, "_compiled_call_impl", None)
+    if compiled is not None:
+
+        def around(*args: Any, **kwargs: Any) -> Any:
+            before(module, args, kwargs)
+            output = compiled(*args, **kwargs)
+            after(module, args, output)
+            return output
+
+        module._compiled_call_impl = around
+        return lambda: setattr(module, "_compiled_call_impl", compiled)
+    handles = []
+    if inputs is not None:
+        handles.append(module.register_forward_pre_hook(before, prepend=first, with_kwargs=True))
+    if outputs is not None:
+        handles.append(module.register_forward_hook(after, prepend=first))
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Walk mappings, tuples and lists: pairs of a dotted key ("" for a bare value) and what is no container."""
+    if isinstance(value, Tensor):
+        yield key, value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for name, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from leaves(item, f"{key}.{name}" if key else str(name))
+    else:
+        yield key, value
+
+
 def _set_boundary(model: nn.Module, hooks: HookSet, device: str, allow_autocast: bool) -> Callable[[], None]:
     def begin(module: nn.Module, args: tuple[Any, ...]) -> None:
         if not allow_autocast and torch.is_autocast_enabled(device):
@@ -376,14 +449,18 @@ def _find_module(model: nn.Module, point: HookPoint) -> nn.Module:
     return module
 
 
-def _refuse_compiled(module: nn.Module, path: str, point: HookPoint) -> None:
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile runs this module: hooks added to it or below it are ignored."""
     forward = vars(module).get("forward", type(module).forward)
-    compiled = (
+    return (
         getattr(module, "_compiled_call_impl", None) is not None
         or getattr(module, "_compiled_call", None) is not None
         or (hasattr(forward, "_torchdynamo_orig_callable") and not getattr(forward, "_torchdynamo_disable", False))
     )
-    if compiled:
+
+
+def _refuse_compiled(module: nn.Module, path: str, point: HookPoint) -> None:
+    if is_compiled(module):
         name = repr(path) if path else "the model"
         raise BackendError(
             f"{point.site}: {name} ({type(module).__name__}) is compiled by torch.compile, which ignores hooks "

@@ -82,13 +82,15 @@ def bootstrap_mean(values: Numbers, *, seed: int, resamples: int = 2000, confide
     if not (0.0 < confidence < 1.0) or resamples < 1:
         raise InputError(f"got confidence={confidence}, resamples={resamples}; expected (0, 1) and at least 1")
     estimate = float(x.mean())
-    centred = x - estimate
+    size = _exponent(x - estimate)
+    centred = np.ldexp(x - estimate, -size)
     spread = float(np.sum(centred**2))
     if np.all(x == x[0]) or spread == 0.0:
         return Interval(estimate=estimate, low=estimate, high=estimate, n=x.size)
     from scipy.special import ndtr, ndtri
 
-    means = estimate + _resampled_means(centred, seed, resamples)
+    shifts = _resampled_means(centred, seed, resamples)
+    means = estimate + np.ldexp(shifts, size)
     share = float(np.mean(means < estimate) + np.mean(means == estimate) / 2)
     bias = float(ndtri(min(max(share, 0.5 / resamples), 1 - 0.5 / resamples)))
     skew = float(np.sum(centred**3)) / (6.0 * spread**1.5)
@@ -125,10 +127,15 @@ def welch_t(a: Numbers, b: Numbers) -> TestResult:
         return TestResult(statistic=math.copysign(math.inf, gap) if gap else 0.0, p_value=0.0 if gap else 1.0, n=n)
     from scipy.special import stdtr
 
-    shares = np.array([x.var(ddof=1) / x.size, y.var(ddof=1) / y.size])
+    size = _exponent(np.concatenate([x, y]))
+    x, y = np.ldexp(x, -size), np.ldexp(y, -size)
+    gap, deviations = float(x.mean() - y.mean()), [x - x.mean(), y - y.mean()]
+    spread = _exponent(np.concatenate(deviations))
+    shares = np.array([float(np.sum(np.ldexp(one, -spread) ** 2)) / (one.size - 1) / one.size for one in deviations])
     total = float(shares.sum())
     freedom = total**2 / float(shares[0] ** 2 / (x.size - 1) + shares[1] ** 2 / (y.size - 1))
-    statistic = float(x.mean() - y.mean()) / math.sqrt(total)
+    with np.errstate(over="ignore"):
+        statistic = float(np.ldexp(gap, -spread)) / math.sqrt(total)
     return TestResult(statistic=statistic, p_value=float(2 * stdtr(freedom, -abs(statistic))), n=n)
 
 
@@ -189,6 +196,11 @@ def rank_correlation(a: Numbers, b: Numbers, *, method: Literal["spearman", "ken
         return Correlation(value=float(np.sign((x[1] - x[0]) * (y[1] - y[0]))), p_value=1.0, n=2)
     result = stats.spearmanr(x, y)
     return Correlation(value=float(result.statistic), p_value=float(result.pvalue), n=x.size)
+
+
+def _exponent(x: Floats) -> int:
+    """Power of two above the largest magnitude; scaled by it, squares neither overflow nor all underflow."""
+    return int(np.frexp(np.abs(x).max())[1])
 
 
 def _resampled_means(x: Floats, seed: int, resamples: int) -> Floats:

@@ -36,6 +36,11 @@ CALLS = [
         "tt.sweep('testbed', ['a b', 'c'], steering=tt.Steer(vector='random:7', layer=2, cap=5.0), "
         "configs=['bf16', 'float32'], max_tokens=16, run_id='first')",
     ),
+    (
+        "sweep -p a --allow-fallback --allow-unfired --sites layers.1.resid_post --batch-size 2 --quick",
+        "tt.sweep(None, ['a'], batch_size=2, allow_unfired=True, allow_fallback=True, sites='layers.1.resid_post', "
+        "quick=True)",
+    ),
     ("sweep plan.yaml --no-resume", "tt.sweep(spec='plan.yaml', resume=False)"),
     ("analyze runs/a --prompt-idx 0", "tt.analyze('runs/a', prompt_idx=0)"),
     (
@@ -52,6 +57,24 @@ CALLS = [
         "compare runs/a runs/b --rule '.*: rel_l2 < 1e-3' --waive logits --verify",
         "tt.compare('runs/a', 'runs/b', rules=['.*: rel_l2 < 1e-3'], waive=['logits'], verify=True)",
     ),
+    (
+        "compare runs/a runs/b --dims '.*: b s h' --jobs 2",
+        "tt.compare('runs/a', 'runs/b', dims=['.*: b s h'], jobs=2)",
+    ),
+    (
+        "compare runs/a runs/b --ray auto",
+        "tt.compare_on_ray('runs/a', 'runs/b', address='auto')",
+    ),
+    (
+        "dump --out runs/d --level statistics -- python train.py --lr 3e-4",
+        "trimtab.dump.run(['python', 'train.py', '--lr', '3e-4'], 'runs/d', level='statistics')",
+    ),
+    ("triage runs/a runs/b --revisions a..b", "tt.triage('runs/a', 'runs/b', revisions='a..b')"),
+    ("commits a..b --plan p.yaml", "tt.commits('a..b', out='runs/commits', plan='p.yaml')"),
+    (
+        "commits a..b -- python train.py --steps {steps}",
+        "tt.commits('a..b', ['python', 'train.py', '--steps', '{steps}'], out='runs/commits')",
+    ),
     ("rerun runs/a --out runs/b", "tt.rerun('runs/a', out='runs/b')"),
     ("report result.json --out r.html", "tt.report('result.json', path='r.html')"),
     ("trace ls runs/a", "trimtab.trace.ls('runs/a')"),
@@ -59,27 +82,69 @@ CALLS = [
     ("trace verify runs/a", "trimtab.trace.verify('runs/a')"),
     ("trace repair runs/a", "trimtab.trace.repair('runs/a')"),
     ("trace prune runs/a --sites layers.0.resid_post --dry-run", None),
+    (
+        "trace import runs/d --out runs/i --pattern '{step}/{name}'",
+        "trimtab.trace.import_dump('runs/d', 'runs/i', pattern='{step}/{name}')",
+    ),
+    (
+        "trace export runs/a --out runs/e --layout npy",
+        "trimtab.trace.export_dump('runs/a', 'runs/e', layout='npy')",
+    ),
+    (
+        "vectors extract testbed:animal --out v --method pca",
+        "trimtab.vectors.extract('testbed', 'testbed:animal', out='v', method='pca')",
+    ),
+    (
+        "vectors train testbed:animal --out t --sites layers.3.resid_post",
+        "trimtab.vectors.train('testbed', 'testbed:animal', out='t', sites=['layers.3.resid_post'])",
+    ),
+    (
+        "vectors train --all sets --out t --sites layers.3.resid_post",
+        "tt.train_all('sets', 'testbed', out='t', sites=['layers.3.resid_post'])",
+    ),
+    (
+        "vectors sweep-lr testbed:animal --out t --sites layers.3.resid_post --rates 0.01 0.1",
+        "trimtab.vectors.sweep_lr('testbed', 'testbed:animal', rates=[0.01, 0.1], out='t', "
+        "sites=['layers.3.resid_post'])",
+    ),
+    (
+        "vectors clean a.safetensors --out o --neutral n.txt",
+        "trimtab.vectors.clean(['a.safetensors'], out='o', model='testbed', neutral='n.txt')",
+    ),
+    ("vectors compare a --against b --out o", "trimtab.vectors.compare(['a'], against=['b'], out='o')"),
+    ("vectors random v --out c.npy --seed 3", "trimtab.vectors.random('v', out='c.npy', seed=3)"),
+    ("vectors convert a b.npy --layer 2", "trimtab.vectors.convert('a', 'b.npy', layer=2)"),
+    ("vectors show a --key PC1", "trimtab.vectors.show('a', key='PC1')"),
+    (
+        "evaluate rollouts 'a b' --out r --samples 2",
+        "trimtab.evaluate.rollouts('testbed', ['a b'], out='r', samples=2)",
+    ),
+    ("evaluate score r --scorer testbed:animal", "trimtab.evaluate.score('r', ['testbed:animal'])"),
+    ("evaluate stress animal --out s", "tt.stress('testbed', ['animal'], out='s')"),
     ("doctor", "tt.doctor()"),
     ("testbed build --out t --steps 3", "tt.testbed_build('t', seed=0, steps=3)"),
 ]
 
 
-def argv(text: str) -> list[str]:
+def argv(text: str, *options: str) -> list[str]:
+    """Split a command line; options go before the `--` of a program that it runs."""
     import shlex
 
-    return shlex.split(text)
+    words = shlex.split(text)
+    end = words.index("--") if "--" in words else len(words)
+    return [*words[:end], *options, *words[end:]]
 
 
 @pytest.mark.parametrize(("command", "program"), CALLS, ids=[command for command, _ in CALLS])
 def test_the_printed_program_is_the_call_that_is_made(
     command: str, program: str | None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([*argv(command), "--print-python"]) == 0
+    assert main(argv(command, "--print-python")) == 0
     printed = capsys.readouterr().out
     if program is not None:
         assert printed.strip().splitlines()[-1] == program
     calls = _record_calls(monkeypatch)
-    main([*argv(command), "--json"])
+    main(argv(command, "--json"))
     made = list(calls)
     calls.clear()
     exec(compile(printed, "<printed>", "exec"), {})
@@ -101,11 +166,16 @@ def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any,
     for name in (
         "generate",
         "capture",
+        "stress",
         "sweep",
+        "train_all",
         "analyze",
         "debug_decode",
         "demo",
         "compare",
+        "compare_on_ray",
+        "triage",
+        "commits",
         "rerun",
         "report",
         "doctor",
@@ -113,8 +183,15 @@ def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any,
         monkeypatch.setitem(vars(trimtab), name, stand_in(name))
     monkeypatch.setitem(vars(trimtab), "testbed_build", stand_in("testbed_build"))
     trace = importlib.import_module("trimtab.trace")
-    for name in ("ls", "show", "verify", "repair", "prune"):
+    for name in ("ls", "show", "verify", "repair", "prune", "import_dump", "export_dump"):
         monkeypatch.setattr(trace, name, stand_in(f"trace.{name}"))
+    monkeypatch.setattr(importlib.import_module("trimtab.dump"), "run", stand_in("dump.run"))
+    vectors = importlib.import_module("trimtab.vectors")
+    for name in ("extract", "train", "sweep_lr", "clean", "compare", "random", "convert", "show"):
+        monkeypatch.setitem(vars(vectors), name, stand_in(f"vectors.{name}"))
+    evaluate = importlib.import_module("trimtab.evaluate")
+    for name in ("rollouts", "score"):
+        monkeypatch.setattr(evaluate, name, stand_in(f"evaluate.{name}"))
     return calls
 
 
@@ -147,6 +224,7 @@ def test_help_of_every_verb(verb: str, capsys: pytest.CaptureFixture[str]) -> No
         ("generate --prompt-file nowhere.txt", "cannot be read"),
         ("analyze nowhere", "is not the directory of a sweep"),
         ("capture a", "--out"),
+        ("debug-decode -p a --batch-size 2", "--batch-size"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(command: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:

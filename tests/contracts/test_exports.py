@@ -13,7 +13,18 @@ import pytest
 import trimtab
 
 GOLD = Path(__file__).parents[1] / "gold" / "signatures.txt"
-PACKAGES = ("numerics", "trace", "architectures", "steering", "backends", "directions", "compare", "report", "results")
+PACKAGES = (
+    "numerics",
+    "trace",
+    "architectures",
+    "steering",
+    "backends",
+    "directions",
+    "dump",
+    "compare",
+    "report",
+    "results",
+)
 
 
 def test_all_names_the_lazy_exports_and_nothing_else() -> None:

@@ -204,7 +204,7 @@ REFUSED = [
     ("compare one trace_bare", "trace_bare/manifest.json is damaged: it has no 'kind'; restore it from a copy"),
     ("compare one other", "prompt 0 (request prompt-0000) is not the same in the two runs"),
     ("compare one one --verdict strict", "no verdict 'strict'; there are calibrated, sglang"),
-    ("compare one one --rule 'mlp: rel_l2 < 1'", "it matches no tensor; tensors are: "),
+    ("compare one one --rule 'mlp: rel_l2 < 1'", "it matches no tensor; nearest of "),
     ("compare one one --expect bin", "the expectation file bin is not text"),
     ("compare one one --expect bad.json", "bad.json is not JSON"),
     ("compare one one --html void", "use .html, .json or .txt"),
@@ -281,7 +281,7 @@ def test_an_interruption_exits_3(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("trimtab.workflows.run.open_backend", stop)
+    monkeypatch.setattr("trimtab.workflows._open.open_backend", stop)
     assert main(["generate", "a"]) == 3
     assert "interrupted; what was committed is kept" in capsys.readouterr().err
 
@@ -441,5 +441,5 @@ def test_a_missing_extra_gives_one_command(
 def test_a_testbed_vector_does_not_fit_another_model() -> None:
     steer = tt.Steer(vector="testbed:animal", cap=1.0)
     width = len(testbed.direction("animal").vector)
-    with pytest.raises(tt.TrimtabError, match=rf"has {width} components, and this model's hidden size is 16"):
+    with pytest.raises(tt.TrimtabError, match=rf"width {width} and the model has hidden size 16"):
         tt.generate("any", ["a"], steering=steer, backend="mock", max_tokens=1)

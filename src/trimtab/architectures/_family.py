@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -98,18 +98,43 @@ class Numerics:
     """The head's weight is the embedding's."""
 
 
+def _no_experts(config: Config, layer: int) -> bool:
+    return False
+
+
+def _nothing_added(config: Config) -> int:
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Vllm:
-    """The family in vLLM."""
+    """The family in vLLM. Embedding and final norm lie beside the blocks, under the names that the family has."""
 
     architectures: tuple[str, ...]
     """Class names of the architectures."""
     layers: str = "model.layers"
     """Module path of the decoder blocks; inside a multimodal class below `language_model.`."""
     returns_residual: bool = True
-    """A block returns (delta, residual), whose sum is the stream; False: the stream itself."""
+    """A block returns (delta, residual), whose sum is the stream, and the final norm takes both; False: one tensor."""
     native: bool = True
     """False: vLLM runs the transformers modules (`TransformersForCausalLM`)."""
+    block: Callable[[Config], BlockPaths] | None = None
+    """Paths inside a block; None: those of transformers. Separate q, k, v are one `qkv_proj` in any case."""
+    sparse: Callable[[Config, int], bool] = _no_experts
+    """Whether a layer's MLP is a mixture of experts."""
+    absent: Mapping[str, str] = field(default_factory=dict, hash=False)
+    """Point -> why vLLM's form does not have it, where `block` does not tell."""
+    embed_enters: bool = True
+    """The first block receives `embed`, scaled as it is; False: something is added between (GPT-2's positions)."""
+    added_after: Callable[[Config], int] = _nothing_added
+    """How many first blocks are followed by an addition to the stream (Qwen3-VL's visual features); called with the
+    top configuration."""
+
+
+def sparse_steps(config: Config, layer: int) -> bool:
+    """Whether a Qwen layer holds experts: every `decoder_sparse_step`-th, without those of `mlp_only_layers`."""
+    step, dense = getattr(config, "decoder_sparse_step", 1), getattr(config, "mlp_only_layers", None) or ()
+    return getattr(config, "num_experts", 0) > 0 and layer not in dense and (layer + 1) % step == 0
 
 
 DENSE: Mapping[str, str] = {

@@ -31,6 +31,6 @@ FAMILY = Family(
     disk=lambda config: Disk(
         prefix="transformer.", layers=_LAYERS, embed="wte.weight", final_norm="ln_f.weight", transposed=True
     ),
-    vllm=Vllm(architectures=("GPT2LMHeadModel",), layers="transformer.h", returns_residual=False),
+    vllm=Vllm(architectures=("GPT2LMHeadModel",), layers="transformer.h", returns_residual=False, embed_enters=False),
     note="learned positions are added after embed, so layers.0.resid_pre differs from embed",
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trimtab.architectures._family import BlockPaths, Config, Disk, Family, Numerics, Vllm, base_numerics
 
 _LAYERS = {
@@ -47,5 +49,10 @@ FAMILY = Family(
         final_norm="final_layer_norm.weight",
         head="embed_out.weight",
     ),
-    vllm=Vllm(architectures=("GPTNeoXForCausalLM",), returns_residual=False, native=False),
+    vllm=Vllm(
+        architectures=("GPTNeoXForCausalLM",),
+        returns_residual=False,
+        native=False,
+        block=lambda config: replace(_block(config), attn_out=None, mlp_out=None),
+    ),
 )

@@ -11,6 +11,8 @@ _LAYERS = {
     "experts_down": "layers.{layer}.feed_forward.experts.down_proj",
 }
 
+_REORDERED = "vLLM loads each head's dimensions in another order (rotary halves); use v, attn_z or attn_raw"
+
 
 def _disk(config: Config) -> Disk:
     if config.model_type == "llama4":
@@ -23,6 +25,11 @@ def _numerics(config: Config) -> Numerics:
     return base_numerics(config, qk_norm=qk_norm, rope=Rope(pairing="interleaved"))
 
 
+def _sparse(config: Config, layer: int) -> bool:
+    step = config.interleave_moe_layer_step
+    return bool(step > 0 and (layer + 1) % step == 0)
+
+
 FAMILY = Family(
     name="llama4",
     model_types=("llama4_text",),
@@ -30,6 +37,10 @@ FAMILY = Family(
     block=lambda config: BlockPaths(mlp="feed_forward", flat_experts=True),
     numerics=_numerics,
     disk=_disk,
-    vllm=Vllm(architectures=("Llama4ForCausalLM", "Llama4ForConditionalGeneration")),
+    vllm=Vllm(
+        architectures=("Llama4ForCausalLM", "Llama4ForConditionalGeneration"),
+        sparse=_sparse,
+        absent={"q": _REORDERED, "k": _REORDERED},
+    ),
     note="the rotary embedding and the weightless q/k norm act only in layers that config.no_rope_layers marks with 1",
 )

@@ -18,5 +18,9 @@ FAMILY = Family(
     block=lambda config: BlockPaths(),
     numerics=base_numerics,
     disk=lambda config: Disk(layers={**_ATTENTION, **_EXPERTS}),
-    vllm=Vllm(architectures=("MixtralForCausalLM",)),
+    vllm=Vllm(
+        architectures=("MixtralForCausalLM",),
+        block=lambda config: BlockPaths(mlp="block_sparse_moe"),
+        sparse=lambda config, layer: True,
+    ),
 )

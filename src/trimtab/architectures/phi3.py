@@ -18,5 +18,5 @@ FAMILY = Family(
     ),
     numerics=base_numerics,
     disk=lambda config: Disk(layers={**_REST, **_FUSED}),
-    vllm=Vllm(architectures=("Phi3ForCausalLM",)),
+    vllm=Vllm(architectures=("Phi3ForCausalLM",), block=lambda config: BlockPaths(qkv="fused")),
 )

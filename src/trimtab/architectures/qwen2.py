@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, EXPERTS, BlockPaths, Disk, Family, Vllm, base_numerics
+from trimtab.architectures._family import DENSE, EXPERTS, BlockPaths, Disk, Family, Vllm, base_numerics, sparse_steps
 
 FAMILY = Family(
     name="qwen2",
@@ -10,5 +10,5 @@ FAMILY = Family(
     block=lambda config: BlockPaths(),
     numerics=base_numerics,
     disk=lambda config: Disk(layers={**DENSE, **EXPERTS} if config.model_type == "qwen2_moe" else DENSE),
-    vllm=Vllm(architectures=("Qwen2ForCausalLM", "Qwen2MoeForCausalLM")),
+    vllm=Vllm(architectures=("Qwen2ForCausalLM", "Qwen2MoeForCausalLM"), sparse=sparse_steps),
 )

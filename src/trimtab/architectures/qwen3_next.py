@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, EXPERTS, BlockPaths, Disk, Family, Vllm, base_numerics
+from trimtab.architectures._family import DENSE, EXPERTS, BlockPaths, Disk, Family, Vllm, base_numerics, sparse_steps
 
 FAMILY = Family(
     name="qwen3_next",
@@ -10,6 +10,6 @@ FAMILY = Family(
     block=lambda config: BlockPaths(linear_attn="linear_attn", qkv="gated"),
     numerics=lambda config: base_numerics(config, norm="rmsnorm_plus_one", norm_rounds_first=False, qk_norm="per_head"),
     disk=lambda config: Disk(layers={**DENSE, **EXPERTS}),
-    vllm=Vllm(architectures=("Qwen3NextForCausalLM",)),
+    vllm=Vllm(architectures=("Qwen3NextForCausalLM",), sparse=sparse_steps),
     note="attn_z is taken after the output gate, before o_proj; linear-attention layers have no q, k, v, attn_z",
 )

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, BlockPaths, Config, Disk, Family, Numerics, Vllm, base_numerics
+from trimtab.architectures._family import (
+    DENSE,
+    BlockPaths,
+    Config,
+    Disk,
+    Family,
+    Numerics,
+    Vllm,
+    base_numerics,
+    sparse_steps,
+)
 
 _EXPERTS = {
     "router": "layers.{layer}.mlp.gate.weight",
@@ -21,6 +31,14 @@ def _disk(config: Config) -> Disk:
     return Disk(layers=layers, prefix="model.language_model." if third else "model.")
 
 
+def _sparse(config: Config, layer: int) -> bool:
+    return "moe" in config.model_type and sparse_steps(config, layer)
+
+
+def _added_after(config: Config) -> int:
+    return len(getattr(config.vision_config, "deepstack_visual_indexes", ()))
+
+
 FAMILY = Family(
     name="qwen_vl",
     model_types=("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text", "qwen3_vl_moe_text"),
@@ -35,7 +53,8 @@ FAMILY = Family(
             "Qwen3VLForConditionalGeneration",
             "Qwen3VLMoeForConditionalGeneration",
         ),
-        layers="language_model.model.layers",
+        sparse=_sparse,
+        added_after=_added_after,
     ),
     note="Qwen3-VL adds visual features between its first blocks; resid_post[l] then is not resid_pre[l+1]",
 )

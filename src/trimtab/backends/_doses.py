@@ -172,7 +172,7 @@ def _summary(site: str, op: str, total: _Totals, reason: str) -> DoseSummary:
         site=site,
         op=op,
         rows=total.rows,
-        clamped=total.clamped,
+        clamped=total.clamped if total.measured or not total.rows else None,
         mean_projection_before=total.before / total.rows if mean else None,
         mean_projection_after=total.after / total.rows if mean else None,
         max_ratio=total.ratio if mean else None,

@@ -16,7 +16,12 @@ from trimtab.errors import InputError, PrerequisiteError
 
 
 def encode(
-    tokenizer: Any, prompt: Prompt, vocabulary: int, *, template_options: dict[str, Any] | None = None
+    tokenizer: Any,
+    prompt: Prompt,
+    vocabulary: int,
+    *,
+    template_options: dict[str, Any] | None = None,
+    missing: str = "",
 ) -> EncodedPrompt:
     """Turn a prompt into token ids.
 
@@ -26,6 +31,7 @@ def encode(
             messages (rendered by the chat template; an assistant message at the end is continued).
         vocabulary: how many token ids the model has.
         template_options: more variables of the chat template, such as `enable_thinking`.
+        missing: why there is no tokenizer, and what to do; "": none was given.
 
     Raises:
         InputError: an empty prompt, ids outside the vocabulary, no chat template, or messages that it refuses.
@@ -34,7 +40,10 @@ def encode(
     if isinstance(prompt, tuple) and prompt and not isinstance(prompt[0], Message):
         return _from_ids(tokenizer, prompt, vocabulary)
     if tokenizer is None:
-        raise PrerequisiteError("the prompt is text and the model has no tokenizer; give token ids, or pass tokenizer=")
+        why = f": {missing}, " if missing else "; "
+        raise PrerequisiteError(
+            f"the prompt is text and the model has no tokenizer{why}give token ids, or pass tokenizer="
+        )
     if isinstance(prompt, str):
         encoded = EncodedPrompt(ids=_text_ids(tokenizer, prompt), text=prompt)
     else:

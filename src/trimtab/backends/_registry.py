@@ -45,7 +45,8 @@ def open_backend(name: str, model: Any, **options: Any) -> Backend:
     if unknown:
         raise InputError(f"backend {name!r} has no option {unknown[0]!r}; it has {', '.join(known)}")
     if options.get("device") is not None:
-        _check_device(str(options["device"]), must_exist=not isinstance(model, torch.nn.Module))
+        options["device"] = str(options["device"])
+        _check_device(options["device"], must_exist=not isinstance(model, torch.nn.Module))
     return cast(Backend, cls(model, **options))
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
+from keyword import iskeyword
 
 from trimtab._version import __version__
 
@@ -18,7 +20,11 @@ _COMMANDS = {
     "sweep": "Run backends x precisions x prompts under one steering; one directory, resumable.",
     "analyze": "Read a sweep, or two runs: token agreement, first divergence, drift, cap deltas.",
     "debug-decode": "Compare two precisions on one prompt, step by step.",
+    "dump": "Record a training or inference program, without touching it.",
     "compare": "Compare two traces tensor by tensor, with a calibrated verdict.",
+    "triage": "Find the module that made the first error of two runs, its source, what changed, and a patch.",
+    "commits": "Test a numerical change commit by commit: red flags, risk, first bad commit.",
+    "serve": "Serve a model over OpenAI's API with vLLM, each request with its own steering.",
     "rerun": "Repeat a run from its manifest.",
     "report": "Render a result again: text, JSON or one HTML file.",
 }
@@ -31,10 +37,14 @@ _GROUPS = {
             "verify": "Re-hash every tensor.",
             "repair": "Rebuild the index of an interrupted trace from its shards.",
             "prune": "Delete stored values that are not needed.",
+            "import": "Index a dump of sglang, of Miles, or of plain files.",
+            "export": "Write a trace as files that other tools read.",
         },
     ),
     "testbed": ("The embedded model.", {"build": "Retrain the embedded model from its seed."}),
 }
+_PACKAGES = ("vectors", "evaluate")
+"""Groups whose verbs have a file each: `trimtab.cli.<group>` has HELP and VERBS, a verb's file its function."""
 
 
 def build() -> object:
@@ -55,7 +65,14 @@ def build() -> object:
     for group, (text, verbs) in _GROUPS.items():
         sub = App(name=group, help=text, result_action="return_value")
         for verb, line in verbs.items():
-            sub.command(f"trimtab.cli.{group}:{verb}", name=verb, help=line)
+            sub.command(f"trimtab.cli.{group}:{verb}{'_' * iskeyword(verb)}", name=verb, help=line)
+        app.command(sub)
+    for group in _PACKAGES:
+        package = importlib.import_module(f"trimtab.cli.{group}")
+        sub = App(name=group, help=package.HELP, result_action="return_value")
+        for verb, line in package.VERBS.items():
+            name = verb.replace("-", "_")
+            sub.command(f"trimtab.cli.{group}.{name}:{name}", name=verb, help=line)
         app.command(sub)
     return app
 

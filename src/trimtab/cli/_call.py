@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from trimtab.errors import TrimtabError, UnfinishedError
+from trimtab.errors import InputError, TrimtabError, UnfinishedError
 
 EXIT_FAILED, EXIT_UNFINISHED, EXIT_BUG = 1, 3, 70
 _MODULE = re.compile(r"\b(trimtab\.\w+)\.\w+\(")
@@ -28,6 +28,15 @@ class Output:
     """Print one JSON document on standard output; progress stays on standard error."""
     print_python: Annotated[bool, Parameter(negative="")] = False
     """Print the Python call that this command stands for, and do nothing."""
+
+
+@Parameter(name="*", group="Output")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LineOutput(Output):
+    """How a command whose records stream shows what it did."""
+
+    jsonl: Annotated[bool, Parameter(negative="")] = False
+    """Print one JSON document per line on standard output, each as soon as it is made."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,10 +63,10 @@ class Call:
         parts += [f"{key}={python_repr(value)}" for key, value in self.kwargs.items()]
         return f"{target}({', '.join(parts)})"
 
-    def __call__(self) -> Any:
+    def __call__(self, **more: Any) -> Any:
         module, _, name = self.function.rpartition(".")
         args = [value() if isinstance(value, Call) else value for value in self.args]
-        return getattr(importlib.import_module(module), name)(*args, **self.kwargs)
+        return getattr(importlib.import_module(module), name)(*args, **self.kwargs, **more)
 
 
 def python_repr(value: Any) -> str:
@@ -82,6 +91,7 @@ def run(
     summarise: Callable[[Any], Any] | None = None,
     show: Callable[[Any], str] | None = None,
     html: Path | None = None,
+    stream: str = "",
 ) -> int:
     """Make the call, print its result, return the exit code.
 
@@ -91,16 +101,26 @@ def run(
         summarise: turns what the call returns into a result dataclass; None: it is one.
         show: turns the result into text; None uses the report's text renderer.
         html: also write the result's page there.
+        stream: argument of the call that takes a function of one line; "": the lines are made of the result.
+
+    Raises:
+        InputError: both --json and --jsonl.
     """
+    by_line = isinstance(output, LineOutput) and output.jsonl
+    if by_line and output.json:
+        raise InputError("--json prints one document and --jsonl one per line; give one of them")
     if output.print_python:
         whole = call if html is None else Call(function="trimtab.report", args=(call, html))
         sys.stdout.write(whole.python() + "\n")
         return 0
-    returned = call()
+    returned = call(**{stream: _write_line} if by_line and stream else {})
     result = returned if summarise is None else summarise(returned)
     if html is not None:
         Call(function="trimtab.report", args=(result, html))()
-    sys.stdout.write(_text(result, output, show).rstrip("\n") + "\n")
+    if not by_line:
+        sys.stdout.write(_text(result, output, show).rstrip("\n") + "\n")
+    elif not stream:
+        _write_lines(result)
     if html is not None:
         sys.stdout.flush()
         sys.stderr.write(f"\nreport: {html}\n")
@@ -112,6 +132,20 @@ def listing(returned: Any) -> Any:
     from trimtab.trace import Trace, ls
 
     return ls(returned.path) if isinstance(returned, Trace) else returned
+
+
+def _write_line(line: Any) -> None:
+    from trimtab.results import to_json
+
+    sys.stdout.write(to_json(line, indent=None) + "\n")
+    sys.stdout.flush()
+
+
+def _write_lines(result: Any) -> None:
+    from trimtab.results import lines
+
+    for line in lines(result):
+        _write_line(line)
 
 
 def _text(result: Any, output: Output, show: Callable[[Any], str] | None) -> str:

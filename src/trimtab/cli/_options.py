@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,16 +27,25 @@ class Model:
     """Who runs it: hf, mock or vllm."""
     device: str | None = None
     """cpu, cuda, cuda:1 or mps. Default: cuda when there is one, else cpu."""
-    batch_size: int = 8
-    """Prompts per batch."""
     allow_fallback: Annotated[bool, Parameter(negative="")] = False
     """Steer a model whose family is unknown, at sites found by its structure."""
 
     def kwargs(self) -> dict[str, Any]:
         """Return the keyword arguments that differ from the defaults, the model left out."""
-        defaults = Model()
-        names = ("dtype", "backend", "device", "batch_size", "allow_fallback")
-        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(defaults, name)}
+        return {
+            one.name: getattr(self, one.name)
+            for one in fields(self)
+            if one.name != "model" and getattr(self, one.name) != one.default
+        }
+
+
+@Parameter(name="*", group="Model")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchedModel(Model):
+    """A model that runs several prompts together."""
+
+    batch_size: int = 8
+    """Prompts per batch."""
 
 
 @Parameter(name="*", group="Engine (vLLM)")

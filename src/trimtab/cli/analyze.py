@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trimtab.cli._call import Call, Output, run
+from trimtab.cli._call import Call, LineOutput, run
 from trimtab.cli._options import given
 
 
@@ -17,7 +17,7 @@ def analyze(
     config: str | None = None,
     reference_config: str | None = None,
     html: Path | None = None,
-    output: Output = Output(),
+    output: LineOutput = LineOutput(),
 ) -> int:
     """Read a sweep, or two runs: token agreement, first divergence, drift, cap deltas.
 

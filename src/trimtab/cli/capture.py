@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, Output, listing, run
-from trimtab.cli._options import Decoding, Engine, Model, given, read_prompts, steering_input
+from trimtab.cli._options import BatchedModel, Decoding, Engine, given, read_prompts, steering_input
 from trimtab.workflows.config import Steer
 
 
@@ -25,7 +25,7 @@ def capture(
     logprobs: int = 0,
     max_bytes: int | None = None,
     steer: Steer = Steer(),
-    model: Model = Model(),
+    model: BatchedModel = BatchedModel(),
     decoding: Decoding = Decoding(),
     engine: Engine = Engine(),
     output: Output = Output(),

@@ -7,8 +7,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from trimtab.cli._call import Call, Output, run
-from trimtab.cli._options import Decoding, Engine, Model, given, read_prompts, steering_input
+from trimtab.cli._call import Call, LineOutput, run
+from trimtab.cli._options import BatchedModel, Decoding, Engine, given, read_prompts, steering_input
 from trimtab.workflows.config import Steer
 
 
@@ -20,10 +20,10 @@ def generate(
     logprobs: int = 0,
     out: Path | None = None,
     steer: Steer = Steer(),
-    model: Model = Model(),
+    model: BatchedModel = BatchedModel(),
     decoding: Decoding = Decoding(),
     engine: Engine = Engine(),
-    output: Output = Output(),
+    output: LineOutput = LineOutput(),
 ) -> int:
     """Run a model, steered or not, and print the text.
 
@@ -39,6 +39,5 @@ def generate(
     if logprobs:
         kwargs["logprobs"] = logprobs
     kwargs |= decoding.kwargs() | model.kwargs() | engine.kwargs()
-    return run(
-        Call(function="trimtab.generate", args=(model.model, read_prompts(prompts, prompt_file)), kwargs=kwargs), output
-    )
+    call = Call(function="trimtab.generate", args=(model.model, read_prompts(prompts, prompt_file)), kwargs=kwargs)
+    return run(call, output, stream="on_generated")

@@ -1,9 +1,9 @@
-"""`trimtab trace ls, show, verify, repair, prune`."""
+"""`trimtab trace ls, show, verify, repair, prune, import, export`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
@@ -64,3 +64,32 @@ def prune(
         dry_run: say what would go, and delete nothing.
     """
     return run(Call(function="trimtab.trace.prune", args=(path,), kwargs=given(sites=sites, dry_run=dry_run)), output)
+
+
+def import_(
+    source: Path, /, *, out: Path, pattern: str | None = None, phase: str | None = None, output: Output = Output()
+) -> int:
+    """Index a dump of sglang, of Miles, or of plain files; its values stay where they are.
+
+    Args:
+        source: directory of the dump.
+        out: new directory for the index.
+        pattern: how paths are made, such as "step_{step}/rank{rank}/{name}".
+        phase: phase of what lies in no folder that names one.
+    """
+    kwargs = given(pattern=pattern, phase=phase)
+    return run(Call(function="trimtab.trace.import_dump", args=(source, out), kwargs=kwargs), output)
+
+
+def export(
+    path: Path, /, *, out: Path, layout: Literal["sglang", "npy", "safetensors"] = "sglang", output: Output = Output()
+) -> int:
+    """Write a trace as files that other tools read.
+
+    Args:
+        path: directory of the trace.
+        out: new directory for the files.
+        layout: sglang's dumper, or a tree of npy or safetensors files.
+    """
+    kwargs = given(layout=layout if layout != "sglang" else None)
+    return run(Call(function="trimtab.trace.export_dump", args=(path, out), kwargs=kwargs), output)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from trimtab.compare._closer import ranks_at
 from trimtab.compare._measured import Measured, relative_rows
 from trimtab.compare.align import Aligned
 from trimtab.compare.match import Pair
@@ -23,6 +24,11 @@ class FirstOf:
         self.found: FirstDivergence | None = None
         self._rank: tuple[bool, Place] | None = None
 
+    def merge(self, other: FirstOf) -> None:
+        """Take over what was found later in the order of pairs, where it lies before what was found so far."""
+        if other._rank is not None and (self._rank is None or other._rank < self._rank):
+            self.found, self._rank = other.found, other._rank
+
     def note(self, pair: Pair, record: RecordVerdict, aligned: Aligned | None, measured: Measured | None) -> None:
         """Consider a pair that did not pass; its values are read only when it takes the lead."""
         if record.waived_by is not None:
@@ -36,8 +42,10 @@ class FirstOf:
         index: tuple[int, ...] = ()
         values: tuple[Number | None, Number | None] = (None, None)
         error, ratio = float("inf"), None
+        ranks = pair.ranks[1] if aligned is None else ()
         if aligned is not None and measured is not None and aligned.rows and aligned.comparable:
-            index, values = _worst_of_row(pair, aligned, measured, row)
+            index, flat, values = _worst_of_row(pair, aligned, measured, row)
+            ranks = ranks_at(aligned, flat)
             if measured.row_error.size:
                 error = float(relative_rows(measured.row_error, measured.row_norm)[row])
             if record.calibration is not None and record.calibration.expected > 0:
@@ -53,6 +61,7 @@ class FirstOf:
             row_error=error,
             noise_ratio=ratio,
             reason="; ".join(record.reasons),
+            ranks=ranks if record.key.rank is None else (),
         )
 
 
@@ -76,8 +85,8 @@ def first_bad_row(measured: Measured, calibration: Calibration | None) -> int:
 
 def _worst_of_row(
     pair: Pair, aligned: Aligned, measured: Measured, row: int
-) -> tuple[tuple[int, ...], tuple[Number, Number]]:
-    """Coordinates and values of the row's worst element; of the first excluded one where that decided."""
+) -> tuple[tuple[int, ...], int, tuple[Number, Number]]:
+    """Coordinates, flat position, values of the row's worst element; of the first excluded one where that decided."""
     _, reference, candidate = aligned.between(row, row + 1)
     if measured.first_flat is not None and measured.first_flat // aligned.width == row:
         channel = measured.first_flat % aligned.width
@@ -88,7 +97,7 @@ def _worst_of_row(
     flat = row * aligned.width + channel
     index = coordinates(flat, shape)
     values = (reference[0, channel].item(), candidate[0, channel].item())
-    return (index[1:] if pair.positions is not None else index), (_number(values[0]), _number(values[1]))
+    return (index[1:] if pair.positions is not None else index), flat, (_number(values[0]), _number(values[1]))
 
 
 def _number(value: object) -> Number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy.typing as npt
 from trimtab.results.comparison import Metrics
 
 FLOOR = 0.01  # rows are judged against max(own norm, this share of the rms row norm)
+
+_BLAS_WAKES = 4096
 
 Floats = npt.NDArray[np.float64]
 
@@ -39,6 +42,11 @@ class Measured:
     warnings: tuple[str, ...] = ()
 
 
+def energy(values: Floats) -> float:
+    """Sum of squares; long arrays stay with this thread, whose BLAS would wake others and let them spin."""
+    return float(np.dot(values, values) if values.size < _BLAS_WAKES else np.einsum("i,i->", values, values))
+
+
 def relative_rows(row_error: Floats, row_norm: Floats, least: float = 0.0) -> Floats:
     """|a - r| / max(|r|, 0.01 rms row norm) by row; 0 where both are 0, inf where only the denominator is.
 
@@ -49,8 +57,9 @@ def relative_rows(row_error: Floats, row_norm: Floats, least: float = 0.0) -> Fl
     """
     if row_error.size == 0:
         return row_error
-    floor = max(FLOOR * float(np.sqrt(np.mean(row_norm**2))), least)
-    denominator = np.maximum(row_norm, floor)
+    floor = max(FLOOR * math.sqrt(energy(row_norm) / row_norm.size), least)
+    if floor > 0:
+        return row_error / np.maximum(row_norm, floor)  # type: ignore[no-any-return]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratio = row_error / denominator
+        ratio = row_error / row_norm
     return np.where(row_error == 0, 0.0, ratio)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trimtab.results.comparison import Fingerprint
 
+_HEADS = 256  # most heads that are looked for
 _MOST = 2048  # rows or channels among which a permutation is searched
 
 
@@ -37,6 +38,25 @@ def find_transpose(evidence: _Evidence, shape: torch.Size) -> Iterator[Fingerpri
             detail = f"dimensions {first} and {second} of {list(shape)} are swapped"
             yield Fingerprint(kind="transpose", detail=detail, explained=share)
             return
+    yield from _heads(evidence, shape)
+
+
+def _heads(evidence: _Evidence, shape: torch.Size) -> Iterator[Fingerprint]:
+    """Heads and tokens merged in the wrong order: `[.., s, h, d]` read as `[.., h, s, d]`, or the reverse."""
+    if len(shape) < 2 or min(shape[-2:]) < 2:
+        return
+    length, width = shape[-2:]
+    sizes = [side.square().sum() for side in (evidence.reference, evidence.candidate)]
+    if abs(float(sizes[0] - sizes[1])) > 0.01 * float(sizes[0]):  # a permutation keeps the norm
+        return
+    for heads in [one for one in range(2, min(width, _HEADS) + 1) if width % one == 0]:
+        for split in ((length, heads, width // heads), (heads, length, width // heads)):
+            moved = evidence.reference.reshape(-1, *split).transpose(1, 2)
+            share = evidence.explained(moved.reshape(evidence.reference.shape))
+            if share:
+                detail = f"dimensions 1 and 2 of {['...', *split]} are swapped: heads and tokens of {list(shape)}"
+                yield Fingerprint(kind="transpose", detail=detail, explained=share, value=float(heads))
+                return
 
 
 def find_permutation(evidence: _Evidence) -> Iterator[Fingerprint]:

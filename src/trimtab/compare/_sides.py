@@ -11,14 +11,16 @@ import numpy as np
 import numpy.typing as npt
 import polars as pl
 
+from trimtab.compare.layout import RANKED, Layout
 from trimtab.errors import ComparisonError, InputError
+from trimtab.results.comparison import RecordKey
 from trimtab.trace import Trace
 
 Ints = npt.NDArray[np.int64]
 TokenKey = tuple[str, int, str]  # config (as it matches), prompt, request
 
 # Columns by which units match. Rows of a generation leave the engine's ones constant.
-PLAIN = ("layer", "phase", "step", "micro_step", "rank", "call_index", "occurrence")
+PLAIN = ("layer", "phase", "step", "micro_step", "rank", "call_index", "occurrence", "coordinates")
 KEY = ("by_row", "site", "name", "kind", "edit", "recompute", "config", "prompt", "request", *PLAIN)
 
 
@@ -42,6 +44,10 @@ class Side:
     tokens: Mapping[TokenKey, Tokens]
     manifest: Mapping[str, Any]
     problems: tuple[str, ...]
+    layouts: tuple[Layout, ...] = ()
+    """How the units with a number in their column `layout` are made of records."""
+    layout_keys: tuple[RecordKey, ...] = ()
+    """The identities of those units."""
 
     @property
     def path(self) -> str:
@@ -120,7 +126,13 @@ def _units(index: pl.DataFrame, keep_config: bool) -> pl.DataFrame:
         recompute=pl.col("recompute").fill_null(False),
         config=pl.col("config").fill_null("") if keep_config else pl.lit(""),
     )
-    frame = frame.with_columns(layer_recorded="layer", layer=pl.when(pl.col("site") == "").then("layer"))
+    frame = frame.with_columns(
+        layer_recorded="layer",
+        layer=pl.when(pl.col("site") == "").then("layer"),
+        coordinates=pl.lit(""),
+        name_recorded=index["name"].fill_null(""),
+        of_model=(pl.col("site") == "") & (pl.col("module_path") == "") & pl.col("module_class").is_not_null(),
+    )
     constants: dict[str, Any] = {
         "layer": pl.lit(None, pl.Int64),
         "phase": pl.lit(""),
@@ -138,12 +150,16 @@ def _units(index: pl.DataFrame, keep_config: bool) -> pl.DataFrame:
         frame.with_columns(occurrence=occurrence)
         .group_by(KEY, maintain_order=True)
         .agg(
-            pl.col("layer_recorded").first(),
+            pl.col("layer_recorded", "name_recorded").first(),
+            pl.col("of_model").fill_null(False).first(),
             pl.col("order").min().alias("first_order"),
             pl.col("record_id").alias("ids"),
             pl.col("digest").alias("digests"),
             pl.col("positions").alias("positions"),
             pl.col("shard").is_not_null().all().alias("stored"),
+            *(pl.col(name).first() for name in ("dims", "shape", *(f"{axis}_rank" for axis in RANKED))),
+            pl.lit(None, pl.Int64).alias("layout"),
+            pl.lit(1, pl.Int64).alias("records"),
         )
     )
 

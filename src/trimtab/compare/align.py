@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -12,13 +13,17 @@ import torch
 
 from trimtab.compare._measured import Floats
 from trimtab.compare._sides import Ints
+from trimtab.compare.layout import Layout
+from trimtab.compare.layout.views import ViewPair, view_pair
 from trimtab.compare.match import Pair
 from trimtab.compare.measure import Chunk, as_rows, is_exact
 from trimtab.numerics.dtypes import coarser
-from trimtab.numerics.ulp import max_ulp
+from trimtab.numerics.pair import channel_square_sums
+from trimtab.numerics.ulp import max_ulp_finite
 from trimtab.trace import Trace
 
 CHUNK_ELEMENTS = 4 << 20
+COPIED_ELEMENTS = 1 << 18  # what is put together is copied: a piece that stays in the cache
 SAMPLE_ELEMENTS = 4 << 20
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 
@@ -30,6 +35,10 @@ class Aligned:
         self.pair = pair
         self._sides = (reference, candidate)
         self._load = functools.lru_cache(maxsize=4)(self._read)
+        self.views: ViewPair | None = None
+        if pair.layouts is not None:
+            self._lay_out(pair, pair.layouts)
+            return
         first = [self._load(0, pair.reference_ids[0]), self._load(1, pair.candidate_ids[0])]
         self.dtypes = (first[0].dtype, first[1].dtype)
         shapes = (tuple(first[0].shape), tuple(first[1].shape))
@@ -45,6 +54,19 @@ class Aligned:
             lengths = [len(segment.reference_rows) for segment in pair.segments]
             self._offsets = [0, *accumulate(lengths)][:-1]
 
+    def _lay_out(self, pair: Pair, layouts: tuple[Layout, Layout]) -> None:
+        """Read both sides out of their pieces.
+
+        Raises:
+            ComparisonError: the pieces do not fit together, or the axes of the two sides do not pair up.
+        """
+        self.views = view_pair(layouts, (self._sides[0].tensor, self._sides[1].tensor), pair.tokens)
+        self.dtypes = (self.views.reference.dtype, self.views.candidate.dtype)
+        self.shapes = (self.views.reference.shape, self.views.candidate.shape)
+        width = self.shapes[0][-1] if self.shapes[0] else 1
+        self.rows = math.prod(self.shapes[0]) // width if width else 0
+        self.width = width * (2 if self.dtypes[0].is_complex else 1)
+
     @property
     def fits(self) -> bool:
         """Whether the two sides have one shape."""
@@ -56,14 +78,20 @@ class Aligned:
         shape = self.shapes[0]
         return (*shape, 2) if self.dtypes[0].is_complex else shape
 
-    def chunks(self, elements: int = CHUNK_ELEMENTS) -> Iterator[Chunk]:
+    def chunks(self) -> Iterator[Chunk]:
         """Yield rows of both sides in order, as `[rows, width]` views or gathered copies."""
+        elements = CHUNK_ELEMENTS if self.views is None else min(CHUNK_ELEMENTS, COPIED_ELEMENTS)
         step = max(1, elements // max(self.width, 1))
         for begin in range(0, self.rows, step):
             yield self.between(begin, min(begin + step, self.rows))
 
     def between(self, begin: int, end: int) -> Chunk:
         """Return the rows `[begin, end)` of both sides."""
+        if self.views is not None:
+            width = self.shapes[0][-1] if self.shapes[0] else 1
+            sides = (view.flat(begin * width, end * width) for view in self.views[:2])
+            ours, theirs = (as_rows(side.reshape(-1, width)) for side in sides)
+            return Chunk(begin, ours, theirs)
         if self.pair.positions is None:
             reference = as_rows(self._load(0, self.pair.reference_ids[0]))
             candidate = as_rows(self._load(1, self.pair.candidate_ids[0]))
@@ -109,16 +137,12 @@ class Aligned:
 
     def channel_rms(self, most: int | None = None) -> Floats:
         """The reference's rms by channel, over all rows or over at most `most` evenly spread ones."""
-        if most is not None and self.rows > most:
-            picked = np.linspace(0, self.rows - 1, most).astype(int).tolist()
-            parts = [self.between(row, row + 1).reference for row in picked]
-        else:
-            parts = [chunk.reference for chunk in self.chunks()]
+        step = 1 if most is None else max(1, -(-self.rows // most))
         square, count = np.zeros(self.width), 0
-        for part in parts:
-            values = np.nan_to_num(part.double().numpy(), posinf=0, neginf=0)
-            square += np.einsum("rc,rc->c", values, values)
-            count += len(values)
+        for chunk in self.chunks():
+            rows = chunk.reference[-chunk.start % step :: step]
+            square += channel_square_sums(rows)
+            count += len(rows)
         return np.sqrt(square / max(count, 1))
 
     def max_ulp(self) -> int | None:
@@ -126,9 +150,10 @@ class Aligned:
         dtype = coarser(*(side.to_real() if side.is_complex else side for side in self.dtypes))
         worst = 0
         for chunk in self.chunks():
-            if not (chunk.reference.double().isfinite().all() and chunk.candidate.double().isfinite().all()):
+            found = max_ulp_finite(chunk.reference, chunk.candidate, dtype)
+            if found is None:
                 return None
-            worst = max(worst, int(max_ulp(chunk.reference, chunk.candidate, dtype)))
+            worst = max(worst, found)
         return worst
 
     def quantiles(self) -> tuple[float, ...]:
@@ -159,6 +184,6 @@ def _flat_rows(tensor: torch.Tensor) -> torch.Tensor:
 def _take(tensor: torch.Tensor, rows: Ints) -> torch.Tensor:
     """Select rows: a view when they are contiguous, else a copy."""
     flat = _flat_rows(tensor)
-    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (len(rows) < 2 or bool((np.diff(rows) == 1).all())):
+    if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and bool((rows[1:] - rows[:-1] == 1).all()):
         return flat[int(rows[0]) : int(rows[-1]) + 1]
     return flat[torch.from_numpy(rows)]

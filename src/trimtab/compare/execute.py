@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
+from trimtab.compare._closer import blame, ranks_at, shard_errors, tolerance, worst_elements, worst_rows
 from trimtab.compare._diverge import FirstOf
 from trimtab.compare._measured import Measured, relative_rows
+from trimtab.compare._parts import Notes, Outcome, Part, replay
+from trimtab.compare._sides import Side as SideOfPlan
 from trimtab.compare.align import Aligned
 from trimtab.compare.fingerprints import Neighbour, find_fingerprints
-from trimtab.compare.ledger import LedgerBook, waived_by
+from trimtab.compare.layout import Piece, differences
+from trimtab.compare.ledger import Book, LedgerBook
 from trimtab.compare.match import Pair
 from trimtab.compare.measure import measure
 from trimtab.compare.plan import ComparisonPlan, noise_is_identical
 from trimtab.compare.rounding import Expected, blocks_upstream, expected_error
+from trimtab.compare.routing import HINT, Routing
+from trimtab.compare.rules import Rule
 from trimtab.compare.verdict import Judgement, judge
-from trimtab.errors import TraceCorruptError
+from trimtab.compare.waivers import waived_by
+from trimtab.errors import ComparisonError, TraceCorruptError
 from trimtab.numerics.dtypes import coarser, dtype_name
-from trimtab.results.comparison import Comparison, Fingerprint, RecordKey, RecordVerdict, RowSeries, Side
+from trimtab.results.comparison import Fingerprint, Ledger, RecordKey, RecordVerdict, RowSeries, Side
 from trimtab.trace import Trace
 
 _FINGERPRINTS = 1000  # failing pairs beyond these are not searched for fingerprints
@@ -32,7 +39,8 @@ class Execution:
 
     def __init__(self, plan: ComparisonPlan) -> None:
         self.plan = plan
-        self.book = LedgerBook(plan)
+        self._ledger = LedgerBook(plan)
+        self.book: Book = self._ledger
         self.first = FirstOf()
         self._traces = (plan.reference.trace, plan.candidate.trace)
         self._digests: tuple[dict[int, str | None], ...] | None = None
@@ -40,20 +48,86 @@ class Execution:
         self._searched = 0
         self._noise_moved = plan.noise is None
         self._noise_used = False
+        self._routing = Routing(plan)
+        self._idle_rules: set[Rule | None] = set(plan.rules)
 
-    def records(self) -> Iterator[RecordVerdict]:
+    @property
+    def idle_rules(self) -> tuple[Rule, ...]:
+        """Rules that have judged nothing so far."""
+        return tuple(rule for rule in self.plan.rules if rule in self._idle_rules)
+
+    def ledger(self) -> Ledger:
+        """What was compared and what was not."""
+        return self._ledger.close()
+
+    def records(self, parts: Iterable[Part] | None = None) -> Iterator[RecordVerdict]:
         """Judge every pair; what could not be compared goes to the ledger only.
+
+        Args:
+            parts: what other processes found, in order; None judges here.
 
         Raises:
             ComparisonError: the noise runs turned out to be bit-identical.
         """
-        for pair in self.plan.matched.pairs:
-            record = self._record(pair)
-            if record is not None:
-                yield record
+        self._verify_copies()
+        if parts is None:
+            found = (self._record(pair) for pair in self.plan.matched.pairs)
+            yield from (record for record in found if record is not None)
+        else:
+            for part in parts:
+                yield from self._absorb(part)
         noise = self.plan.noise
         if noise is not None and self._noise_used and not self._noise_moved:
             raise noise_is_identical(noise.reference.path, noise.candidate.path)
+
+    def part(self, begin: int, end: int) -> Part:
+        """Judge the pairs `[begin, end)` for another process, which enters them into its ledger."""
+        notes = Notes()
+        self.book, self.first, self._searched = notes, FirstOf(), 0
+        self._idle_rules, self._noise_used, self._noise_moved = set(self.plan.rules), False, self.plan.noise is None
+        outcomes = []
+        for number in range(begin, end):
+            searched = self._searched
+            record = self._record(self.plan.matched.pairs[number])
+            outcomes.append(Outcome(number, record, notes.take(), self._searched > searched))
+        used = frozenset(number for number, rule in enumerate(self.plan.rules) if rule not in self._idle_rules)
+        return Part(tuple(outcomes), self.first, used, self._noise_used, self._noise_moved)
+
+    def _absorb(self, part: Part) -> Iterator[RecordVerdict]:
+        """Enter what another process found, as if it had been found here."""
+        for number, record, notes, searched in part.outcomes:
+            replay(notes, self.book, self.plan.matched.pairs[number])
+            self._searched += searched
+            if record is not None and searched and self._searched > _FINGERPRINTS:
+                record = _unsearched(record)
+            if record is not None:
+                yield record
+        self.first.merge(part.first)
+        self._idle_rules -= {self.plan.rules[number] for number in part.rules}
+        self._noise_used |= part.noise_used
+        self._noise_moved |= part.noise_moved
+
+    def _verify_copies(self) -> None:
+        """Compare what ranks hold that is declared, or was found, to be the same."""
+        for side in (self.plan.reference, self.plan.candidate):
+            for key, layout in zip(side.layout_keys, side.layouts, strict=True):
+                for copies in layout.copies:
+                    try:
+                        for piece in copies[1:] if self.plan.verify else ():
+                            self._verify_copy(side, piece)
+                        for found in differences(copies, side.trace.tensor):
+                            self.book.note(_label(side.label), "replica", key, 1, f"{found.piece.text} {found.reason}")
+                    except TraceCorruptError as error:
+                        self.book.note(_label(side.label), "corrupt", key, 1, str(error))
+
+    def _verify_copy(self, side: SideOfPlan, piece: Piece) -> None:
+        """Hash the bytes of a copy again; those that are compared are hashed with their pair.
+
+        Raises:
+            TraceCorruptError: they are not what was written.
+        """
+        if piece.stored and piece.digest is not None and (found := side.trace.rehash(piece.record_id)) != piece.digest:
+            raise TraceCorruptError(f"{piece.text}: its bytes hash to {found}, {piece.digest} was written")
 
     def _record(self, pair: Pair) -> RecordVerdict | None:
         try:
@@ -61,14 +135,18 @@ class Execution:
             if damaged is not None:
                 return self._corrupt(pair, *damaged)
             if pair.same_digest:
+                self._idle_rules.discard(self.plan.rule_for(pair.key))
                 return self._done(pair, RecordVerdict(key=pair.key, status="identical", order=pair.order))
             if not pair.stored:
                 reason = "its values were not kept, and the digests differ or are missing"
-                self.book.short("both", "skipped", pair.key, pair.items, reason)
+                self.book.short("both", "skipped", pair, reason)
                 return None
             return self._compare(pair)
         except TraceCorruptError as error:
             return self._corrupt(pair, "both", str(error))
+        except ComparisonError as error:  # the layouts of the two sides do not fit
+            self.book.short("both", "skipped", pair, str(error))
+            return None
 
     def _compare(self, pair: Pair) -> RecordVerdict:
         aligned = Aligned(pair, *self._traces)
@@ -79,23 +157,19 @@ class Execution:
             "dtype_candidate": dtype_name(aligned.dtypes[1]),
             "shape_reference": aligned.shapes[0],
             "shape_candidate": aligned.shapes[1],
-            "rows": pair.items if pair.positions is not None else 0,
+            "rows": len(pair.positions) if pair.positions is not None else 0,
         }
+        self._note_tokens(pair, aligned)
         if not aligned.fits:
             reason = f"shapes differ: {list(aligned.shapes[0])} against {list(aligned.shapes[1])}"
             record = RecordVerdict(status="failed", reasons=(reason,), **known)
             self.first.note(pair, record, None, None)
             return self._done(pair, record)
         measured = measure(aligned.chunks(), aligned.shape, aligned.dtypes)
-        expected = self._expected(pair, aligned)
-        judged = judge(
-            self.plan.verdict,
-            measured,
-            expected,
-            aligned,
-            rule=self.plan.rule_for(pair.key),
-            layer=pair.key.layer,
-        )
+        expected, rule = self._expected(pair, aligned), self.plan.rule_for(pair.key)
+        judged = judge(self.plan.verdict, measured, expected, aligned, rule=rule, layer=pair.key.layer)
+        if not measured.exact:
+            self._idle_rules.discard(rule)
         record = RecordVerdict(
             status=judged.status,
             reasons=judged.reasons,
@@ -106,6 +180,7 @@ class Execution:
             severity=judged.severity,
             warnings=measured.warnings,
             series=_series(pair, measured) if self.plan.keep_rows else None,
+            tolerance=tolerance(aligned) if self.plan.tolerances and aligned.comparable else None,
             **known,
         )
         if judged.status in ("failed", "inconclusive"):
@@ -124,15 +199,53 @@ class Execution:
         """Add what is only measured on pairs that did not pass: ULP, quantiles, fingerprints, the first bad row."""
         floats = aligned.comparable and not measured.exact
         self._searched += 1
+        found = self._fingerprints(pair, aligned, measured, expected, judged) if aligned.comparable else ()
+        routed = self._routing.explain(pair, measured, expected, judged.calibration) if floats else None
+        suspected = routed is None and self._routing.suspected(pair, found)
+        reasons = (routed.detail, *record.reasons) if routed is not None and routed.explained == 1 else record.reasons
         record = dataclasses.replace(
             record,
             max_ulp=aligned.max_ulp() if floats else None,
             quantiles=aligned.quantiles() if floats else (),
-            fingerprints=self._fingerprints(pair, aligned, measured, expected, judged) if aligned.comparable else (),
+            fingerprints=(routed, *found) if routed is not None else found,
+            reasons=reasons,
+            warnings=(*record.warnings, HINT) if suspected else record.warnings,
         )
-        record = self._waive(record)
+        record = self._waive(self._look_closer(aligned, record, measured))
         self.first.note(pair, record, aligned, measured)
         return record
+
+    def _look_closer(self, aligned: Aligned, record: RecordVerdict, measured: Measured) -> RecordVerdict:
+        """Add the tolerance that would be needed, the worst elements and rows, and who held them."""
+        if not aligned.comparable:
+            return record
+        shards = shard_errors(aligned)
+        said = blame(shards)
+        flat = measured.worst_flat if measured.first_flat is None else measured.first_flat
+        return dataclasses.replace(
+            record,
+            ranks=ranks_at(aligned, flat) if aligned.rows * aligned.width else (),
+            shards=shards,
+            reasons=record.reasons if said is None else (*record.reasons, said),
+            tolerance=record.tolerance or tolerance(aligned),
+            worst_elements=worst_elements(aligned, self.plan.worst) if self.plan.worst else (),
+            worst_rows=worst_rows(aligned, measured, self.plan.worst) if self.plan.worst else (),
+        )
+
+    def _note_tokens(self, pair: Pair, aligned: Aligned) -> None:
+        """Enter tokens that only one side has, once for each forward pass."""
+        if aligned.views is None or aligned.views.tokens is None:
+            return
+        tokens = aligned.views.tokens
+        sides: tuple[Side, Side] = (
+            ("reference", "candidate") if aligned.views.packed_first else ("candidate", "reference")
+        )
+        key = RecordKey(name="tokens", phase=pair.key.phase, step=pair.key.step, micro_step=pair.key.micro_step)
+        for side, alone in zip(sides, (tokens.alone_packed, tokens.alone_padded), strict=True):
+            if alone:
+                more = f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+                reason = f"the other side has no such tokens: {', '.join(alone[:3])}{more}"
+                self.book.note(side, "unmatched", key, len(alone), reason)
 
     def _fingerprints(
         self, pair: Pair, aligned: Aligned, measured: Measured, expected: Expected, judged: Judgement
@@ -164,7 +277,8 @@ class Execution:
 
         def other(distance: int) -> torch.Tensor | None:
             found = by_key.get(dataclasses.replace(pair.key, step=pair.key.step + distance))
-            return self._traces[0].tensor(found.reference_ids[0]) if found is not None and found.stored else None
+            whole = found is not None and found.stored and found.layouts is None
+            return self._traces[0].tensor(found.reference_ids[0]) if found is not None and whole else None
 
         return other
 
@@ -180,7 +294,7 @@ class Execution:
         noise = self.plan.noise
         if noise is None:
             return model
-        found = noise.pairs.get(pair.key)
+        found = noise.pairs.get(pair.key) or noise.pairs.get(dataclasses.replace(pair.key, rank=None))
         if found is None or not (found.stored or found.same_digest):
             return dataclasses.replace(model, source=f"{model.source}; not in the noise runs")
         self._noise_used = True
@@ -210,13 +324,13 @@ class Execution:
         return None
 
     def _corrupt(self, pair: Pair, side: Side, reason: str) -> RecordVerdict:
-        self.book.short(side, "corrupt", pair.key, pair.items, reason)
+        self.book.short(side, "corrupt", pair, reason)
         record = RecordVerdict(key=pair.key, status="corrupt", order=pair.order, reasons=(f"{side}: {reason}",))
         self.first.note(pair, record, None, None)
         return record
 
     def _done(self, pair: Pair, record: RecordVerdict) -> RecordVerdict:
-        self.book.compared(record, pair.items)
+        self.book.compared(pair)
         return self._waive(record)
 
     def _waive(self, record: RecordVerdict) -> RecordVerdict:
@@ -226,55 +340,15 @@ class Execution:
         return dataclasses.replace(record, waived_by=waiver) if waiver is not None else record
 
 
-def run(plan: ComparisonPlan) -> Comparison:
-    """Execute a plan."""
-    execution = Execution(plan)
-    records = tuple(execution.records())
-    ledger = execution.book.close()
-    first = execution.first.found
-    failing = [record for record in records if not record.passing]
-    short = [entry for entry in ledger.entries if entry.waived_by is None]
-    warnings = list(plan.matched.warnings)
-    said: dict[str, list[str]] = {}
-    for record in records:
-        for text in record.warnings:
-            said.setdefault(text, []).append(record.key.text)
-    warnings += [
-        f"{text}: {names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1) for text, names in said.items()
-    ]
-    warnings += [f"the waiver {one!r} excused nothing" for one in _unused(plan, records, ledger.entries)]
-    if ledger.reference.expected is None or ledger.candidate.expected is None:
-        warnings.append("no plan says what must be there: what both sides lack is not noticed (give expect=FILE)")
-    if not ledger.reference.compared:
-        reason = "nothing was compared" + (f": {short[0].name}: {short[0].reason}" if short else "")
-    elif failing:
-        where = first.text if first is not None else failing[0].key.text
-        reason = f"{len(failing)} of {len(records)} pairs do not pass; first: {where}"
-    elif short:
-        entry = short[0]
-        more = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
-        reason = f"incomplete: {entry.kind} in the {entry.side}: {entry.name}: {entry.reason}{more}"
-    else:
-        reason = f"all {len(records)} pairs pass ({ledger.reference.compared} {ledger.unit} compared)"
-    return Comparison(
-        passed=bool(ledger.reference.compared) and not failing and not short,
-        reason=reason,
-        reference=plan.reference.path,
-        candidate=plan.candidate.path,
-        verdict=str(plan.verdict),
-        plan=plan.lines(),
-        ledger=ledger,
-        records=records,
-        first_divergence=first,
-        token_divergences=plan.matched.tokens,
-        warnings=tuple(warnings),
-        waivers=plan.waive,
-    )
+def _unsearched(record: RecordVerdict) -> RecordVerdict:
+    """The record as it is when fingerprints are no longer searched for."""
+    routed = tuple(one for one in record.fingerprints if one.kind == "routing")
+    warnings = tuple(text for text in record.warnings if text != HINT)
+    return dataclasses.replace(record, fingerprints=routed, warnings=warnings)
 
 
-def _unused(plan: ComparisonPlan, records: tuple[RecordVerdict, ...], entries: tuple[object, ...]) -> list[str]:
-    used = {getattr(one, "waived_by", None) for one in (*records, *entries)}
-    return [waiver for waiver in plan.waive if waiver not in used]
+def _label(label: str) -> Side:
+    return "reference" if label == "reference" else "candidate"
 
 
 def _noise_error(pair: Pair, reference: Trace, candidate: Trace) -> float:

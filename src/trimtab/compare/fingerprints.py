@@ -7,6 +7,7 @@ is explained, then from the special to the general.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trimtab.compare._patterns import find_patterns
 from trimtab.compare._permuted import find_permutation, find_transpose
 from trimtab.numerics.dtypes import dtype_name, unit_roundoff
 from trimtab.results.comparison import Fingerprint
@@ -25,7 +27,7 @@ _SHARDS = (64, 32, 16, 8, 4, 2)
 _COARSE = (torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Evidence:
     """A pair as float64 rows, and how large an error rounding explains."""
 
@@ -40,25 +42,30 @@ class Evidence:
         Rows count by their relative error, so that a huge one does not hide the others.
         """
         part = slice(None) if rows is None else rows
-        candidate, reference = self.candidate[part], self.reference[part]
-        sizes = torch.maximum(_row_squares(reference), _row_squares(predicted)).clamp_min(self.floor**2)
-        before = float((_row_squares(candidate - reference) / sizes).sum())
-        left = float((_row_squares(candidate - predicted) / sizes).sum())
+        squares, errors = self._squares
+        sizes = torch.maximum(squares[part], _row_squares(predicted)).clamp_min(self.floor**2)
+        before = float((errors[part] / sizes).sum())
+        left = float((_row_squares(self.candidate[part] - predicted) / sizes).sum())
         if before == 0:
             return 0.0
         share = 1 - left / before
         rounding = left <= self.tolerance**2 * len(sizes)
         return share if share > 0.98 or (share > 0.5 and rounding) else 0.0
 
-    @property
+    @functools.cached_property
     def floor(self) -> float:
         """Norm below which a row counts as if it had this one."""
-        return max(0.01 * math.sqrt(float(_row_squares(self.reference).mean())), 1e-300)
+        return max(0.01 * math.sqrt(float(self._squares[0].mean())), 1e-300)
+
+    @functools.cached_property
+    def _squares(self) -> tuple[Tensor, Tensor]:
+        """Squared norms of the reference's rows and of the errors."""
+        return _row_squares(self.reference), _row_squares(self.candidate - self.reference)
 
     def off(self, times: float) -> Tensor:
         """Mask of the rows whose relative error is over so many tolerances."""
-        error = _row_squares(self.candidate - self.reference)
-        return error > (times * self.tolerance) ** 2 * _row_squares(self.reference).clamp_min(self.floor**2)
+        squares, errors = self._squares
+        return errors > (times * self.tolerance) ** 2 * squares.clamp_min(self.floor**2)
 
 
 def find_fingerprints(
@@ -98,15 +105,18 @@ def find_fingerprints(
     evidence = Evidence(reference, candidate, tolerance)
     if not evidence.off(1).any():
         return tuple(found)[:limit]
-    for search in (_zero_rows, _scale, _signs, _shift):
+    for search in (_zero_rows, _scale, _signs):
         found += search(evidence)
+    found += _shift(evidence, shape[-2] if whole and len(shape) > 2 else len(reference))
     found += _stale(evidence, neighbour)
     found += _coarse_rounding(evidence, dtype)
-    if whole:
-        found += find_transpose(evidence, shape)
-    found += find_permutation(evidence)
+    said = [one for one in found if one.kind not in ("nan_rows", "inf_rows")]
+    if not any(one.explained > 0.995 for one in said):  # what costs more would not come before it
+        found += find_transpose(evidence, shape) if whole else ()
+        found += find_permutation(evidence)
     for search in (_shard, _bias, _few_rows):
         found += search(evidence)
+    found += find_patterns(evidence, shape if whole else reference.shape, dtype)
     order = {id(one): index for index, one in enumerate(found)}
     return tuple(sorted(found, key=lambda one: (-round(one.explained, 2), order[id(one)])))[:limit]
 
@@ -175,15 +185,15 @@ def _signs(evidence: Evidence) -> Iterator[Fingerprint]:
             yield Fingerprint(kind="sign", detail=detail, explained=share, value=-1.0)
 
 
-def _shift(evidence: Evidence) -> Iterator[Fingerprint]:
-    rows = evidence.reference.shape[0]
+def _shift(evidence: Evidence, length: int) -> Iterator[Fingerprint]:
+    """Rows moved along sequences of `length`; what comes in at the ends does not count."""
+    at = torch.arange(len(evidence.reference)) % length
     for shift in _SHIFTS:
-        if rows < abs(shift) + 3:
+        if length < abs(shift) + 3:
             continue
-        to, start = (
-            (slice(shift, None), slice(None, -shift)) if shift > 0 else (slice(None, shift), slice(-shift, None))
-        )
-        share = evidence.explained(evidence.reference[start], to)
+        inside = (at >= shift) & (at < length + shift)
+        predicted = torch.where(inside[:, None], evidence.reference.roll(shift, dims=0), evidence.candidate)
+        share = evidence.explained(predicted)
         if share:
             way = "later" if shift > 0 else "earlier"
             detail = f"rows come {abs(shift)} token{'s' * (abs(shift) > 1)} {way} than in the reference"

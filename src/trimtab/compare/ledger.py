@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable
+from typing import Literal, Protocol
 
-from trimtab.compare.match import Short
+from trimtab.compare.match import Pair, Short
 from trimtab.compare.plan import ComparisonPlan
+from trimtab.compare.waivers import waived_by
 from trimtab.results.comparison import (
     EntryKind,
     Ledger,
     LedgerEntry,
     LedgerGroup,
     RecordKey,
-    RecordVerdict,
     Side,
     SideCount,
 )
@@ -26,22 +25,17 @@ _SIDES: tuple[Literal["reference", "candidate"], ...] = ("reference", "candidate
 _COUNTED = ("compared", "unmatched", "skipped", "corrupt")
 
 
-def waived_by(waivers: Sequence[str], kind: str, *names: str) -> str | None:
-    """Return the waiver that excuses an entry.
+class Book(Protocol):
+    """Where what became of a pair is entered."""
 
-    A waiver is a glob on the entry's name or tensor, alone or as `kind:name`; a bare kind waives all of it. `failed`
-    is waived with its kind only, and `corrupt` never.
-    """
-    if kind == "corrupt":
-        return None
-    for waiver in waivers:
-        patterns = (waiver,) if kind != "failed" else ()
-        head, colon, tail = waiver.partition(":")
-        if head == kind:
-            patterns = (*patterns, tail if colon else "*")
-        if any(fnmatch.fnmatchcase(name, pattern) or name == pattern for name in names for pattern in patterns):
-            return waiver
-    return None
+    def compared(self, pair: Pair) -> None:
+        """A pair was compared."""
+
+    def short(self, side: Side, kind: EntryKind, pair: Pair, reason: str) -> None:
+        """A pair could not be compared after all."""
+
+    def note(self, side: Side, kind: EntryKind, key: RecordKey, count: int, reason: str) -> None:
+        """Something that counts no record."""
 
 
 class LedgerBook:
@@ -51,6 +45,7 @@ class LedgerBook:
         self._plan = plan
         self._counts: dict[tuple[str, Axis | None, str], Counter[str]] = defaultdict(Counter)
         self._entries: list[LedgerEntry] = []
+        self._noted: set[tuple[str, str, RecordKey]] = set()
         self._add_short(plan.matched.short)
         for met in plan.met:
             if met is not None:
@@ -60,18 +55,25 @@ class LedgerBook:
                 entry = LedgerEntry(side=_side(side.label), kind="incomplete", name=side.path, count=1, reason=problem)
                 self._entries.append(self._waive(entry))
 
-    def compared(self, record: RecordVerdict, items: int) -> None:
+    def compared(self, pair: Pair) -> None:
         """Count a pair that was compared."""
-        for side in _SIDES:
-            self._count(side, record.key, "compared", items)
+        for at, side in enumerate(_SIDES):
+            self._count(side, pair.key, "compared", pair.items[at], pair.ranks[at])
 
-    def short(self, side: Side, kind: EntryKind, key: RecordKey, items: int, reason: str) -> None:
+    def short(self, side: Side, kind: EntryKind, pair: Pair, reason: str) -> None:
         """Count a pair that could not be compared after all."""
         counted = _SIDES if side == "both" else (side,)
-        for one in _SIDES:
-            self._count(one, key, kind if one in counted else "skipped", items)
-        entry = LedgerEntry(side=side, kind=kind, name=key.text, count=items, reason=reason)
-        self._entries.append(self._waive(entry, key.tensor))
+        for at, one in enumerate(_SIDES):
+            self._count(one, pair.key, kind if one in counted else "skipped", pair.items[at], pair.ranks[at])
+        count = max(pair.items[at] for at, one in enumerate(_SIDES) if one in counted)
+        self.note(side, kind, pair.key, count, reason)
+
+    def note(self, side: Side, kind: EntryKind, key: RecordKey, count: int, reason: str) -> None:
+        """Enter something that counts no record: a copy that differs, a token without a partner."""
+        entry = self._waive(LedgerEntry(side=side, kind=kind, name=key.text, count=count, reason=reason), key.tensor)
+        if (side, kind, key) not in self._noted or kind != "unmatched":  # tokens alone are met at every tensor
+            self._entries.append(entry)
+        self._noted.add((side, kind, key))
 
     def close(self) -> Ledger:
         """The ledger as a result."""
@@ -103,24 +105,30 @@ class LedgerBook:
         return None if met is None else met.expected
 
     def _add_short(self, short: Iterable[Short]) -> None:
-        grouped: dict[tuple[str, str], list[Short]] = defaultdict(list)
+        grouped: dict[tuple[str, str, str], list[Short]] = defaultdict(list)
         for one in short:
-            self._count(one.side, one.key, one.kind, one.count)
+            if one.kind != "missing":
+                self._count(one.side, one.key, one.kind, one.count)
             if one.group:
-                grouped[one.side, one.group].append(one)
+                grouped[one.side, one.kind, one.group].append(one)
             else:
                 self._entries.append(self._entry(one, one.count))
-        for (side, group), members in grouped.items():
+        for (side, _, group), members in grouped.items():
             count = sum(one.count for one in members)
-            reason = f"{members[0].reason} ({count} rows of {len(members)} tensors)"
+            unit = "records" if members[0].key.prompt is None else "rows"
+            such = f", such as {members[0].key.text}" if unit == "records" else ""
+            reason = f"{members[0].reason} ({count} {unit} of {len(members)} tensors{such})"
             kind = _kind(members[0].kind)
             entry = LedgerEntry(side=_side(side), kind=kind, name=group, count=count, reason=reason)
             self._entries.append(self._waive(entry, *(one.key.text for one in members[:1])))
 
     def _entry(self, one: Short, count: int) -> LedgerEntry:
         kind = _kind(one.kind)
-        entry = LedgerEntry(side=_side(one.side), kind=kind, name=one.key.text, count=count, reason=one.reason)
-        return self._waive(entry, one.key.tensor)
+        excuse = one.excuse or None
+        entry = LedgerEntry(
+            side=_side(one.side), kind=kind, name=one.key.text, count=count, reason=one.reason, waived_by=excuse
+        )
+        return entry if excuse else self._waive(entry, one.key.tensor)
 
     def _waive(self, entry: LedgerEntry, *names: str) -> LedgerEntry:
         waiver = waived_by(self._plan.waive, entry.kind, entry.name, *names)
@@ -135,12 +143,15 @@ class LedgerBook:
             waived_by=waiver,
         )
 
-    def _count(self, side: str, key: RecordKey, kind: str, items: int) -> None:
+    def _count(self, side: str, key: RecordKey, kind: str, items: int, ranks: tuple[int, ...] = ()) -> None:
         places: list[tuple[Axis | None, str]] = [(None, ""), ("site", key.tensor)]
         if key.prompt is None or key.rank is not None:
-            places += [("step", str(key.step)), ("rank", str(key.rank))]
+            places.append(("step", str(key.step)))
+        places += [("rank", str(key.rank))] if key.rank is not None else []
         for axis, value in places:
             self._counts[side, axis, value][kind] += items
+        for rank in ranks if key.rank is None else ():
+            self._counts[side, "rank", str(rank)][kind] += max(items // len(ranks), 1)
 
     def _side_count(self, side: str, axis: Axis | None, value: str, expected: int | None) -> SideCount:
         counts = self._counts[side, axis, value]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,9 +11,13 @@ import numpy as np
 import polars as pl
 import torch
 
+from trimtab.compare._auxiliary import ALIGNING, Auxiliary
 from trimtab.compare._sides import KEY, Ints, Side, TokenKey, Tokens
+from trimtab.compare.layout import Layout, TokenMatch
 from trimtab.errors import ComparisonError
 from trimtab.results.comparison import RecordKey, TokenDivergence
+
+_CARRIED = ("layer_recorded", "first_order", "ids", "digests", "positions", "stored", "layout", "records")
 
 
 class Segment(NamedTuple):
@@ -39,11 +44,19 @@ class Pair:
     segments: tuple[Segment, ...] = ()
     positions: Ints | None = None
     """Absolute positions of the compared rows; None for records compared whole."""
+    layouts: tuple[Layout, Layout] | None = None
+    """How both sides are made of records, where they are not one record each in one order of axes."""
+    tokens: TokenMatch | None = None
+    """Where the token ids are, by which packed and padded tokens are laid side by side."""
+    counts: tuple[int, int] = (1, 1)
+    """Records of both sides, copies counted."""
+    ranks: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    """The ranks that hold them, where the key does not say."""
 
     @property
-    def items(self) -> int:
-        """What the ledger counts: rows, or one record."""
-        return 1 if self.positions is None else len(self.positions)
+    def items(self) -> tuple[int, int]:
+        """What the ledger counts on each side: rows, or records."""
+        return self.counts if self.positions is None else (len(self.positions), len(self.positions))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +70,8 @@ class Short:
     reason: str
     group: str = ""
     """Entries with an equal group are reported as one."""
+    excuse: str = ""
+    """Why this is no failure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,21 +92,26 @@ def match(reference: Side, candidate: Side) -> Matched:
     """
     divergences = _token_divergences(reference, candidate)
     limits = {(one.config, one.prompt, one.request): one.position for one in divergences}
-    joined = reference.units.join(
-        candidate.units, on=list(KEY), how="full", nulls_equal=True, coalesce=True, suffix="_c"
-    )
+    units = [side.units.select(*KEY, *_CARRIED) for side in (reference, candidate)]
+    joined = units[0].join(units[1], on=list(KEY), how="full", nulls_equal=True, coalesce=True, suffix="_c")
     joined = joined.sort("first_order", "first_order_c", nulls_last=True, maintain_order=True)
     pairs: list[Pair] = []
     short: list[Short] = []
+    sides = (reference, candidate)
+    auxiliary = Auxiliary(sides)
     for row in _rows(joined):
         key = _key(row)
         if row["ids"] is None or row["ids_c"] is None:
             short.append(_lonely(key, row, "reference" if row["ids_c"] is None else "candidate"))
         elif row["by_row"]:
             limit = limits.get((key.config, key.prompt or 0, str(key.request)))
-            _match_rows(key, row, limit, (reference, candidate), pairs, short)
-        else:
+            _match_rows(key, row, limit, sides, pairs, short)
+        elif row["layout"] is None or row["layout_c"] is None:
             pairs.append(_match_whole(key, row))
+        else:
+            pairs.append(_match_layouts(key, row, sides, auxiliary))
+    if any(pair.tokens is not None for pair in pairs):
+        short = [_excused(one) for one in short]
     return Matched(tuple(pairs), tuple(short), divergences, _warnings(reference, candidate, joined))
 
 
@@ -108,9 +128,14 @@ def _key(row: dict[str, Any]) -> RecordKey:
     return RecordKey(layer=layer, **values)
 
 
+def token_group(key: RecordKey) -> str:
+    """Name under which the ledger puts what lies behind the place where a request's tokens diverge."""
+    return f"tokens prompt={key.prompt} request={key.request}" + (f" config={key.config}" if key.config else "")
+
+
 def _lonely(key: RecordKey, row: dict[str, Any], side: str) -> Short:
     suffix, other = ("", "candidate") if side == "reference" else ("_c", "reference")
-    count = len(set().union(*row[f"positions{suffix}"])) if row["by_row"] else 1
+    count = len(set().union(*row[f"positions{suffix}"])) if row["by_row"] else row[f"records{suffix}"]
     return Short(side, "unmatched", key, count, f"the {other} has no such record")
 
 
@@ -124,6 +149,31 @@ def _match_whole(key: RecordKey, row: dict[str, Any]) -> Pair:
         same_digest=digests[0] is not None and digests[0] == digests[1],
         stored=row["stored"] and row["stored_c"],
     )
+
+
+def _match_layouts(key: RecordKey, row: dict[str, Any], sides: tuple[Side, Side], auxiliary: Auxiliary) -> Pair:
+    """Pair two tensors made of pieces; where both are one record with one order of axes, as plain records."""
+    ours, theirs = sides[0].layouts[row["layout"]], sides[1].layouts[row["layout_c"]]
+    plain = len(ours.pieces) == len(theirs.pieces) == 1 and ours.in_order_of(theirs)
+    return Pair(
+        key=key,
+        order=row["first_order"],
+        reference_ids=ours.ids,
+        candidate_ids=theirs.ids,
+        same_digest=ours.same_as(theirs),
+        stored=row["stored"] and row["stored_c"],
+        layouts=None if plain else (ours, theirs),
+        tokens=auxiliary.tokens(key, ours, theirs),
+        counts=(ours.records, theirs.records),
+        ranks=(ours.ranks, theirs.ranks),
+    )
+
+
+def _excused(short: Short) -> Short:
+    """What says how tokens are laid out need not be on the side that lays them out otherwise."""
+    if short.kind != "unmatched" or short.key.tensor.rpartition(".")[2] not in ALIGNING:
+        return short
+    return dataclasses.replace(short, excuse="tokens are aligned by ids")
 
 
 def _match_rows(
@@ -141,14 +191,18 @@ def _match_rows(
         if twice:
             reason = f"position {twice[0]} is recorded more than once, with different values"
             short.append(Short(side.label, "skipped", key, len(twice), reason))
-    common, at, at_c = np.intersect1d(ours.positions, theirs.positions, assume_unique=True, return_indices=True)
-    where = f"tokens prompt={key.prompt} request={key.request}" + (f" config={key.config}" if key.config else "")
+    same = np.array_equal(ours.positions, theirs.positions)
+    if same:
+        common, at, at_c = ours.positions, np.arange(ours.positions.size), np.arange(ours.positions.size)
+    else:
+        common, at, at_c = np.intersect1d(ours.positions, theirs.positions, assume_unique=True, return_indices=True)
+    where = token_group(key)
     for label, rows in (("reference", ours), ("candidate", theirs)):
         after = 0 if limit is None else int((rows.positions >= limit).sum())
         if after:
             reason = f"tokens diverge at position {limit}; later rows are not comparable"
             short.append(Short(label, "skipped", key, after, reason, group=where))
-        alone = np.setdiff1d(rows.positions, common)
+        alone = rows.positions[:0] if same else np.setdiff1d(rows.positions, common)
         alone = alone if limit is None else alone[alone < limit]
         if alone.size:
             other = "candidate" if label == "reference" else "reference"
@@ -186,6 +240,8 @@ class _Rows(NamedTuple):
     @classmethod
     def gather(cls, row: dict[str, Any], suffix: str) -> _Rows:
         cuts = [np.asarray(cut, dtype=np.int64) for cut in row[f"positions{suffix}"]]
+        if len(cuts) == 1 and bool((cuts[0][1:] > cuts[0][:-1]).all()):
+            return cls(cuts[0], np.zeros_like(cuts[0]), np.arange(len(cuts[0])), ())
         positions = np.concatenate(cuts)
         record = np.repeat(np.arange(len(cuts)), [len(cut) for cut in cuts])
         index = np.concatenate([np.arange(len(cut)) for cut in cuts])
@@ -210,6 +266,9 @@ class _Rows(NamedTuple):
 
 def _segments(row: dict[str, Any], ours: _Rows, theirs: _Rows, at: Ints, at_c: Ints) -> Iterator[Segment]:
     """Cut the common rows wherever either side goes on in another record."""
+    if len(row["ids"]) == 1 == len(row["ids_c"]):
+        yield Segment(row["ids"][0], row["ids_c"][0], ours.row[at], theirs.row[at_c])
+        return
     record, record_c = ours.record[at], theirs.record[at_c]
     cuts = np.flatnonzero((np.diff(record) != 0) | (np.diff(record_c) != 0)) + 1
     for part in np.split(np.arange(len(at)), cuts):

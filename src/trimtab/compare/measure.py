@@ -7,6 +7,7 @@ floats, NaN and Inf by position; what is not finite stays out of the sums.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from trimtab.compare._measured import Floats, Measured, relative_rows
+from trimtab.compare._measured import Floats, Measured, energy, relative_rows
 from trimtab.numerics.dtypes import coarser, dtype_name, round_to
 from trimtab.numerics.pair import PairStats, compare_pair
 from trimtab.results.comparison import Metrics
@@ -80,7 +81,7 @@ def measure(chunks: Iterable[Chunk], shape: tuple[int, ...], dtypes: tuple[torch
         coarse=rounded.metrics(shape) if rounded_to is not None else None,
         row_error=stored.row_error(),
         row_norm=stored.row_norm(),
-        channel_error=np.sqrt(stored.channel_square / max(len(stored.row_norm()), 1)),
+        channel_error=stored.channel_error(),
         width=stored.width,
         worst_flat=stored.worst_flat,
         first_flat=stored.first_flat,
@@ -112,6 +113,8 @@ class _Sums:
     errors: list[Floats] = field(default_factory=list)
     norms: list[Floats] = field(default_factory=list)
     cosines: list[Floats] = field(default_factory=list)
+    only: PairStats | None = None
+    """The statistics, where one chunk is all."""
     channel_square: Floats = field(default_factory=lambda: np.zeros(0))
 
     def add(self, chunk: Chunk) -> None:
@@ -141,12 +144,14 @@ class _Sums:
 
     def _add(self, start: int, stats: PairStats) -> None:
         norm, error = stats.row_norm, stats.row_error
-        reference_square = float(np.sum(norm**2))
+        self.only = None if self.errors else stats
+        reference_square = energy(norm)
         counts = (stats.nan_reference, stats.nan_candidate, stats.inf_reference, stats.inf_candidate)
         self.numel += stats.numel
         self.unequal += stats.unequal
-        self.nonfinite = tuple(map(sum, zip(self.nonfinite, counts, strict=True)))  # type: ignore[assignment]
-        self.square += float(np.sum(error**2))
+        if any(counts):
+            self.nonfinite = tuple(map(sum, zip(self.nonfinite, counts, strict=True)))  # type: ignore[assignment]
+        self.square += energy(error)
         self.reference_square += reference_square
         self.product += stats.slope * reference_square if reference_square > 0 else 0.0
         # exact where NaN and Inf agree; where they do not the pair fails anyway
@@ -168,20 +173,40 @@ class _Sums:
 
     def row_error(self) -> Floats:
         """|a - r| by row."""
+        if self.only is not None:
+            return self.only.row_error
         return np.concatenate(self.errors) if self.errors else np.zeros(0)
 
     def row_norm(self) -> Floats:
         """|r| by row."""
+        if self.only is not None:
+            return self.only.row_norm
         return np.concatenate(self.norms) if self.norms else np.zeros(0)
+
+    def channel_error(self) -> Floats:
+        """Rms of a - r by channel."""
+        if self.only is not None:
+            return self.only.channel_rms
+        return np.sqrt(self.channel_square / max(len(self.row_norm()), 1))
 
     def metrics(self, shape: tuple[int, ...]) -> Metrics:
         """The metrics of everything added."""
         relative = relative_rows(self.row_error(), self.row_norm())
-        cosine = np.concatenate(self.cosines) if self.cosines else np.ones(1)
+        if self.only is not None:
+            cosines = (self.only.cosine, self.only.cosine_min)
+        else:
+            cosine = np.concatenate(self.cosines) if self.cosines else np.ones(1)
+            cosines = (float(cosine.mean()), float(cosine.min()))
         candidate_square = max(self.reference_square + 2 * (self.product - self.reference_square) + self.square, 0.0)
         both = self.reference_square + candidate_square
-        worst_channel = int(self.channel_square.argmax()) if self.channel_square.size else 0
-        rows = len(relative)
+        rows, channel, row = len(relative), 0, 0
+        worst = channel_worst = 0.0
+        if rows:
+            row = int(relative.argmax())
+            worst = float(relative[row])
+        if rows and self.channel_square.size:
+            channel = int(self.channel_square.argmax())
+            channel_worst = math.sqrt(float(self.channel_square[channel]) / rows)
         return Metrics(
             numel=self.numel,
             rows=rows,
@@ -193,8 +218,8 @@ class _Sums:
             max_abs_candidate=self.worst_values[1],
             rel_l2=_ratio(math.sqrt(self.square), math.sqrt(self.reference_square)),
             rel_diff=_ratio(self.square, both),
-            cosine=float(cosine.mean()),
-            cosine_min=float(cosine.min()),
+            cosine=cosines[0],
+            cosine_min=cosines[1],
             slope=self.product / self.reference_square
             if self.reference_square > 0
             else (1.0 if both == 0 else math.inf),
@@ -205,10 +230,10 @@ class _Sums:
             inf_reference=self.nonfinite[2],
             inf_candidate=self.nonfinite[3],
             nonfinite_match=self.mismatch is None,
-            worst_row=int(relative.argmax()) if rows else 0,
-            worst_row_error=float(relative.max()) if rows else 0.0,
-            worst_channel=worst_channel,
-            worst_channel_rms=math.sqrt(float(self.channel_square.max()) / rows) if rows else 0.0,
+            worst_row=row,
+            worst_row_error=worst,
+            worst_channel=channel,
+            worst_channel_rms=channel_worst,
         )
 
 
@@ -221,6 +246,7 @@ def coordinates(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
+@functools.cache
 def _kind(dtype: torch.dtype) -> str:
     return "exact" if is_exact(dtype) else "complex" if dtype.is_complex else "float"
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from trimtab.compare._arrange import arrange
 from trimtab.compare._sides import Side, choose_configs, make_side, open_trace
+from trimtab.compare.dims import DimsRule
+from trimtab.compare.dims import parse_rules as parse_dims_rules
 from trimtab.compare.expect import Expectation, Met, check, parse_expectation, read_expectation
-from trimtab.compare.match import Matched, Pair, match
+from trimtab.compare.match import Matched, Pair, Short, match, token_group
 from trimtab.compare.rules import Rule, first_match, parse_rules
 from trimtab.compare.verdict import Calibrated, Rules, Verdict, parse_verdict
+from trimtab.compare.waivers import check_waivers, nearest_tensors
 from trimtab.errors import ComparisonError, InputError
 from trimtab.numerics.dtypes import coarser, resolve_dtype
 from trimtab.results.comparison import RecordKey
@@ -49,6 +54,8 @@ class ComparisonPlan:
     num_layers: int | None
     verify: bool
     keep_rows: bool
+    worst: int
+    tolerances: bool
 
     def rule_for(self, key: RecordKey) -> Rule | None:
         """The per-tensor rule that judges a record, if any."""
@@ -69,6 +76,10 @@ class ComparisonPlan:
             f"pairs: {len(matched.pairs)} ({by_row} by row and position, {len(matched.pairs) - by_row} whole; "
             f"{same} identical by digest{', verified' if self.verify else ', not read'})",
         ]
+        copies = sum(len(one.copies) for side in (self.reference, self.candidate) for one in side.layouts)
+        pieces = sum(pair.layouts is not None for pair in matched.pairs)
+        if copies or pieces:
+            lines.append(f"layouts: {pieces} pairs are put together or reordered; copies of {copies} pieces to verify")
         if self.noise is not None:
             lines.append(f"noise: {self.noise.reference.path} against {self.noise.candidate.path}")
         lines += [
@@ -99,18 +110,22 @@ def plan_comparison(
     *,
     verdict: str | Verdict = "calibrated",
     rules: Sequence[str | Rule] | None = None,
-    noise: Source | tuple[Source, Source] | None = None,
+    noise: Source | Sequence[Source] | None = None,
     waive: Sequence[str] = (),
     expect: str | Path | None = None,
     verify: bool = False,
     config: str | None = None,
     reference_config: str | None = None,
     keep_rows: bool = False,
+    dims: Sequence[str] = (),
+    reference_dims: Sequence[str] = (),
+    worst: int = 3,
+    tolerances: bool = False,
 ) -> ComparisonPlan:
     """Plan a comparison without reading a tensor; the arguments are those of `compare`.
 
     Raises:
-        InputError: a verdict, rule, configuration or expectation that cannot be used.
+        InputError: a verdict, rule, waiver, configuration or expectation that cannot be used.
         ComparisonError: the two runs cannot be compared: other prompts, no rule to pair configurations.
     """
     chosen = parse_verdict(verdict)
@@ -123,13 +138,19 @@ def plan_comparison(
     met = tuple(check(one, side) if one is not None else None for one, side in zip(expectations, sides, strict=True))
     if isinstance(waive, str):
         raise InputError(f"waive={waive!r} is one text; give a sequence of names, such as waive=({waive!r},)")
+    if worst < 0:
+        raise InputError(f"worst={worst}: a number of elements and rows, 0 for none")
+    shared = parse_dims_rules(dims)
+    spoken = ((*parse_dims_rules(reference_dims), *shared), shared)
+    sides, matched = _matched(sides, spoken)
+    _check_waivers(tuple(waive), sides, matched, met)
     return ComparisonPlan(
         reference=sides[0],
         candidate=sides[1],
-        matched=match(*sides),
+        matched=matched,
         verdict=chosen,
         rules=per_tensor,
-        noise=_plan_noise(noise, traces[0], chosen, reference_config or config),
+        noise=_plan_noise(noise, traces[0], chosen, reference_config or config, spoken[0]),
         waive=tuple(waive),
         expectations=(expectations[0], expectations[1]),
         met=(met[0], met[1]),
@@ -137,12 +158,16 @@ def plan_comparison(
         num_layers=_num_layers(sides),
         verify=verify,
         keep_rows=keep_rows,
+        worst=worst,
+        tolerances=tolerances,
     )
 
 
 def _how(pair: Pair) -> str:
     if pair.positions is None:
-        return "identical by digest" if pair.same_digest else "whole"
+        made = "" if pair.layouts is None else f" of {pair.counts[0]} against {pair.counts[1]} records"
+        tokens = ", tokens by ids" if pair.tokens is not None else ""
+        return "identical by digest" if pair.same_digest else f"whole{made}{tokens}"
     spans = f"positions {pair.positions[0]} to {pair.positions[-1]}"
     same = ", identical by digest" if pair.same_digest else ""
     return f"{len(pair.positions)} rows in {len(pair.segments)} pieces, {spans}{same}"
@@ -157,8 +182,21 @@ def _sides(traces: tuple[Trace, Trace], config: str | None, reference_config: st
     )
 
 
+def _matched(
+    sides: tuple[Side, Side], spoken: tuple[Sequence[DimsRule], Sequence[DimsRule]]
+) -> tuple[tuple[Side, Side], Matched]:
+    """Arrange both sides and pair them up."""
+    arranged = arrange(sides, spoken)
+    matched = match(*arranged.sides)
+    return arranged.sides, dataclasses.replace(matched, short=(*arranged.short, *matched.short))
+
+
 def _plan_noise(
-    noise: Source | tuple[Source, Source] | None, reference: Trace, verdict: Verdict, config: str | None
+    noise: Source | Sequence[Source] | None,
+    reference: Trace,
+    verdict: Verdict,
+    config: str | None,
+    spoken: Sequence[DimsRule],
 ) -> Noise | None:
     """Match the noise runs.
 
@@ -170,17 +208,25 @@ def _plan_noise(
         return None
     if not isinstance(verdict, Calibrated | Rules):
         raise InputError(f"a noise run calibrates; the verdict {verdict} does not use it: leave one of the two out")
-    first, second = noise if isinstance(noise, tuple) else (reference, noise)
+    if isinstance(noise, (list, tuple)) and len(noise) != 2:
+        raise InputError(f"noise={noise!r}: one run, or two that differ by noise only")
+    first, second = noise if isinstance(noise, (list, tuple)) else (reference, noise)
     traces = (open_trace(first), open_trace(second))
-    names = [[name for name in trace.configs() if name] for trace in traces]
-    picked = [config if config in have else None for have in names]
-    sides = _sides(traces, picked[1], picked[0])
-    pairs = match(*sides).pairs
+    configs = [[name for name in trace.configs() if name] for trace in traces]
+    picked = [config if config in have else None for have in configs]
+    known = _sides(traces, picked[1], picked[0])
+    names = _tensors(known)
+    mine = [rule for rule in spoken if any(rule.matches(name) for name in names)]
+    sides, matched = _matched(known, (mine, mine))
+    pairs = matched.pairs
     if pairs and all(pair.same_digest for pair in pairs):
         raise noise_is_identical(sides[0].path, sides[1].path)
     if not pairs:
         raise ComparisonError(f"the noise runs {sides[0].path} and {sides[1].path} have no record in common")
-    return Noise(sides[0], sides[1], {pair.key: pair for pair in pairs})
+    found = {pair.key: pair for pair in pairs}
+    for pair in pairs:  # a run on one rank is noise for the same tensor put together from several
+        found.setdefault(dataclasses.replace(pair.key, rank=None), pair)
+    return Noise(sides[0], sides[1], found)
 
 
 def noise_is_identical(reference: str, candidate: str) -> ComparisonError:
@@ -192,14 +238,36 @@ def noise_is_identical(reference: str, candidate: str) -> ComparisonError:
 
 
 def _check_rules(rules: tuple[Rule, ...], sides: tuple[Side, Side]) -> None:
-    tensors = {one for side in sides for one in (*side.units["site"], *side.units["name"]) if one}
+    tensors = _tensors(sides)
     for number, rule in enumerate(rules):
         if any(first_match(rules[: number + 1], tensor) is rule for tensor in tensors):
             continue
         matched = [tensor for tensor in tensors if rule.matches(tensor)]
         why = f"an earlier rule takes all {len(matched)} that it matches" if matched else "it matches no tensor"
-        some = ", ".join(sorted(tensors)[:5]) or "none"
-        raise InputError(f"rule {rule.pattern!r}: {why}; tensors are: {some}{', ...' if len(tensors) > 5 else ''}")
+        raise InputError(f"rule {rule.pattern!r}: {why}; {nearest_tensors(rule.pattern, tensors)}")
+
+
+def _check_waivers(
+    waive: tuple[str, ...], sides: tuple[Side, Side], matched: Matched, met: tuple[Met | None, ...]
+) -> None:
+    missing = [one for side in met if side is not None for one in side.missing]
+    tensors = _tensors(sides) | {one.key.tensor for one in missing}
+    check_waivers(waive, tensors, _entry_names(sides, matched, missing))
+
+
+def _entry_names(sides: tuple[Side, Side], matched: Matched, missing: Sequence[Short]) -> Iterator[str]:
+    """Every name that an entry of the ledger or a pair can have."""
+    yield from (side.path for side in sides)
+    for pair in matched.pairs:
+        yield pair.key.text
+        if pair.positions is not None:
+            yield token_group(pair.key)
+    for one in (*matched.short, *missing):
+        yield from (one.key.text, one.group)
+
+
+def _tensors(sides: tuple[Side, Side]) -> set[str]:
+    return {one for side in sides for column in ("site", "name") for one in side.units[column].unique() if one}
 
 
 def _own_expectation(side: Side) -> Expectation | None:

@@ -5,6 +5,7 @@ e^2 = (0.42 u_d)^2 (1 + 2 b) + (0.42 u_acc)^2 K. Here b and K are chosen for a r
 
 - b = the decoder blocks upstream, plus the roundings inside the block that made the tensor, counted in blocks as well:
   `WITHIN_STREAM` for the stream, `WITHIN_BRANCH` for what attention and MLP make (weights, norms, projections, gate).
+  A module of a block, `module:model.layers.3.mlp.gate.output`, counts as such a branch.
   A tensor that names neither site nor layer has b = 0, and K = max(last dimension, 256): storage rounding and one
   reduction, and the verdict says so.
 - K = last dimension x (1 + b / 2): every block adds such reductions.
@@ -20,7 +21,9 @@ with these constants 0.5 to 2.6 everywhere. `docs/compare.md` has the figures.
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +37,7 @@ from trimtab.sites import Site
 WITHIN_STREAM = 8
 WITHIN_BRANCH = 24
 UNKNOWN_REDUCTION = 256
+LAYER = re.compile(r"(?:^|[.:])(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _STREAM_POINTS = ("resid_pre", "resid_mid", "resid_post")
 
 
@@ -58,8 +62,7 @@ def blocks_upstream(key: RecordKey, num_layers: int | None) -> int | None:
         key: identity of the record.
         num_layers: decoder blocks of the model, or one more than the last layer recorded.
     """
-    site = _site(key.site)
-    layer = site.layer if site is not None and site.layer is not None else key.layer
+    site, layer = _site(key.site), layer_of(key)
     depth = num_layers or 0
     of_model = site is not None and site.module is None
     if of_model and site is not None and site.point == "embed":
@@ -73,6 +76,15 @@ def blocks_upstream(key: RecordKey, num_layers: int | None) -> int | None:
     if site.point == "resid_pre" and layer == 0:
         return 0
     return layer + WITHIN_STREAM + (1 if site.point == "resid_post" else 0)
+
+
+def layer_of(key: RecordKey) -> int | None:
+    """The decoder layer of a tensor, from its site or its module's path; None when nothing says."""
+    site = _site(key.site)
+    if site is not None and site.layer is not None:
+        return site.layer
+    found = LAYER.search(key.site) if key.layer is None else None
+    return int(found[1]) if found else key.layer
 
 
 def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int, kind: str = "value") -> Expected:
@@ -105,6 +117,7 @@ def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int, kind: 
     )
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def _site(text: str) -> Site | None:
     try:
         return Site.parse(text) if text else None

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from trimtab.compare._measured import Floats, Measured, relative_rows
+from trimtab.compare._measured import Floats, Measured, energy, relative_rows
 from trimtab.compare.rounding import Expected
 from trimtab.compare.rules import Lookup, Rule, parse_rules
 from trimtab.errors import InputError
@@ -187,19 +187,19 @@ def judge(
 def calibrate(limits: Calibrated, measured: Measured, expected: Expected, probe: Probe) -> Judgement:
     """The calibrated verdict; see `Calibrated`."""
     metrics, e = measured.metrics, expected.error
-    relative = _relative(measured, expected)
-    moved = relative[relative > 0]
+    relative = np.sort(_relative(measured, expected))
+    moved = relative if relative.size and relative[0] > 0 else relative[relative > 0]
     if moved.size == 0:
         return Judgement(status="passed", calibration=_calibration(limits, expected))
     rows = int(relative.size)
-    ratio = _over(relative, e)
+    ratios = [float(one) / e if e > 0 else math.inf * (one > 0) for one in (_middle(relative), relative[-1])]
     spread = math.sqrt(2 * math.log(rows)) if rows > 1 else 1.0
     above_underflow = _rms(measured) > _smallest(expected)
     found = _calibration(
         limits,
         expected,
-        median=float(np.median(ratio)),
-        worst=float(ratio.max()),
+        median=ratios[0],
+        worst=ratios[1],
         worst_limit=limits.worst * max(spread, 1.0),
         element=_element_ratio(limits, measured, expected, probe),
         element_limit=limits.element * math.sqrt(2 * math.log(max(metrics.numel, 2))),
@@ -208,7 +208,7 @@ def calibrate(limits: Calibrated, measured: Measured, expected: Expected, probe:
         channel=_channel_ratio(measured, expected, probe),
         channel_limit=limits.worst * math.sqrt(2 * math.log(max(measured.width, 2))),
         systematic_limit=max(
-            limits.systematic * float(np.median(moved)) / math.sqrt(min(rows, measured.width, 1024)),
+            limits.systematic * _middle(moved) / math.sqrt(min(rows, measured.width, 1024)),
             expected.common,
         ),
         probe=probe,
@@ -290,6 +290,12 @@ def _relative(measured: Measured, expected: Expected) -> Floats:
     return relative_rows(measured.row_error, measured.row_norm, math.sqrt(measured.width) * _smallest(expected))
 
 
+def _middle(ordered: Floats) -> float:
+    """Median of ordered values."""
+    half = ordered.size // 2
+    return float(ordered[half] if ordered.size % 2 else (ordered[half - 1] + ordered[half]) / 2)
+
+
 def _smallest(expected: Expected) -> float:
     """Size of an element below which its rounding no longer shrinks with it."""
     return expected.underflow / expected.error if expected.error > 0 else 0.0
@@ -306,7 +312,7 @@ def _element_ratio(limits: Calibrated, measured: Measured, expected: Expected, p
     metrics, e = measured.metrics, expected.error
     row, channel = divmod(measured.worst_flat, measured.width)
     rms_row = float(measured.row_norm[row]) / math.sqrt(measured.width)
-    rms_all = math.sqrt(float(np.mean(measured.row_norm**2)) / measured.width)
+    rms_all = math.sqrt(energy(measured.row_norm) / measured.row_norm.size / measured.width)
     scale = max(abs(float(metrics.max_abs_reference)), rms_row, 0.01 * rms_all, _smallest(expected))
     limit = limits.element * math.sqrt(2 * math.log(max(metrics.numel, 2)))
     if e == 0:
@@ -324,12 +330,14 @@ def _channel_ratio(measured: Measured, expected: Expected, probe: Probe) -> floa
     """
     if measured.channel_error.size < 8 or not measured.channel_error.any():
         return 0.0
-    energy = probe.channel_rms(_SAMPLE_ROWS) ** 2
-    total = float(energy.sum())
-    if total == 0 or total**2 >= _CONCENTRATED * energy.size * float(np.sum(energy**2)):
+    energies = probe.channel_rms(_SAMPLE_ROWS) ** 2
+    total = float(energies.sum())
+    if total == 0 or total**2 >= _CONCENTRATED * energies.size * energy(energies):
         return 0.0
     rms = probe.channel_rms()
-    scale = np.maximum(rms, max(0.1 * float(np.median(rms)), _smallest(expected)))
+    # The elements of a single row are no channels: one that is small because its terms cancel has the error of others.
+    least = 0.1 if measured.row_norm.size > 1 else 1.0
+    scale = np.maximum(rms, max(least * float(np.median(rms)), _smallest(expected)))
     moved = measured.channel_error > 0
     with np.errstate(divide="ignore"):
         return float(np.max(measured.channel_error[moved] / (expected.error * scale[moved])))
@@ -341,7 +349,7 @@ def _mean_deviation(measured: Measured) -> float:
 
 
 def _rms(measured: Measured) -> float:
-    return math.sqrt(float(np.sum(measured.row_norm**2)) / max(measured.metrics.numel, 1))
+    return math.sqrt(energy(measured.row_norm) / max(measured.metrics.numel, 1))
 
 
 def _shared(deviations: Floats, least: float) -> float:

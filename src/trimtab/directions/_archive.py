@@ -26,11 +26,7 @@ def load(path: Path) -> Any:
     """
     if not path.is_file():
         raise VectorError(f"{path}: no such file")
-    size = path.stat().st_size
-    if size > MAX_BYTES:
-        raise VectorError(f"{path} has {size} bytes; a vector file has at most {MAX_BYTES}")
-    if zipfile.is_zipfile(path):
-        _check_archive(path, size)
+    check_archive(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -55,7 +51,17 @@ def check_storage(tensor: Tensor, what: str) -> Tensor:
     return tensor
 
 
-def _check_archive(path: Path, size: int) -> None:
+def check_archive(path: Path) -> None:
+    """Refuse a file that is too large, or an archive that would unpack to more than it has.
+
+    Raises:
+        VectorError: either.
+    """
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise VectorError(f"{path} has {size} bytes; a vector file has at most {MAX_BYTES}")
+    if not zipfile.is_zipfile(path):
+        return
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

@@ -6,6 +6,8 @@
 | bare `.pt` tensor or `.npy`, [d] | none: the caller says where |
 | directory with `steering_vector.pt` + `steering_config.json` | `target_layer`: the output of that block |
 | persona `.pt` (or `.npy`), [L+1, d] | index 0 is the embedding; layer l is index l+1 |
+| persona `.pt` of one role or trait | row l is the output of block l; `persona` says which entry is taken |
+| PCA `.pt` of personas, `key="PC1"` | its `layer`: the output of that block |
 | GGUF control vector | `direction.N` is the output of block N |
 | `random:SEED` | none; unit norm |
 """
@@ -24,7 +26,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from trimtab.directions import _archive, gguf_file
+from trimtab import testbed
+from trimtab._base import jsonio
+from trimtab.directions import _archive, gguf_file, pca_file, persona
 from trimtab.directions.direction import Direction
 from trimtab.errors import VectorError
 from trimtab.sites import Site
@@ -32,8 +36,8 @@ from trimtab.steering import SteeringVector
 from trimtab.steering.vector import FORMAT
 
 _INPUTS = (
-    "a .safetensors vector of ours, a .pt or .npy tensor, a directory with steering_vector.pt and "
-    "steering_config.json, a .gguf control vector, or random:SEED"
+    "a .safetensors vector of ours, the directory of an extraction or a training, a .pt or .npy tensor, a directory "
+    "with steering_vector.pt and steering_config.json, a .gguf control vector, testbed:NAME, or random:SEED"
 )
 
 
@@ -50,7 +54,8 @@ def load_direction(
         spec: a path, `random:SEED`, or a vector that is loaded already.
         layer: 0-based layer to take from a file that holds several.
         hidden_size: width that the model has: needed by `random:`, checked for the others.
-        key: name of the tensor to take from a file that holds several by name.
+        key: name of the tensor to take from a file that holds several by name; "raw:NAME" takes a mean of a persona
+            file as it is, "PC1" a principal component.
 
     Raises:
         VectorError: no such file, not a vector, wrong width (both numbers), or a layer or key that the file does not
@@ -81,9 +86,11 @@ def _load(spec: Any, layer: int | None, hidden_size: int | None, key: str | None
     text = os.fspath(spec)
     if text.startswith("random:"):
         return _random(text, hidden_size)
+    if text.startswith("testbed:"):
+        return _testbed(text)
     path = Path(text)
     if path.is_dir():
-        return _trained(path / "steering_vector.pt", path / "steering_config.json")
+        return _directory(path, layer, key)
     if not path.is_file():
         raise VectorError(f"{text}: no such file; a vector is {_INPUTS}")
     match path.suffix:
@@ -97,8 +104,48 @@ def _load(spec: Any, layer: int | None, hidden_size: int | None, key: str | None
             config = path.with_name("steering_config.json")
             if path.name == "steering_vector.pt" and config.is_file():
                 return _trained(path, config)
-            return _make(_archive.load(path), str(path), layer, key)
+            return _pca(path, key) if pca_file.is_pca_file(path) else _torch(path, layer, key)
     raise VectorError(f"{text}: unknown kind of file {path.suffix!r}; a vector is {_INPUTS}")
+
+
+def _directory(path: Path, layer: int | None, key: str | None) -> Direction:
+    """Read the directory of an extraction or a training, one vector file per site, or of a trained vector.
+
+    Of several sites the one is taken that `key` or `layer` names, else the one that the extraction found best.
+    """
+    files = {one.stem: one for one in sorted(path.glob("*.safetensors")) if one.stem not in ("steering", "state")}
+    if not files or (path / "steering_vector.pt").exists():
+        return _trained(path / "steering_vector.pt", path / "steering_config.json")
+    names = [key] if key is not None else list(files)
+    if key is None and layer is not None:
+        names = [name for name in files if name.startswith(f"layers.{layer}.")]
+    if key is None and layer is None and len(files) > 1 and (path / "extraction.json").is_file():
+        best = jsonio.loads((path / "extraction.json").read_text(encoding="utf-8")).get("best")
+        names = names if best is None else [best]
+    if len(names) != 1 or names[0] not in files:
+        asked = f"{key!r} was asked for" if key else "no layer was given" if layer is None else f"layer {layer} was"
+        raise VectorError(f"{path} holds vectors of {', '.join(files)}; {asked}")
+    return _safetensors(files[names[0]], layer, None)
+
+
+def _torch(path: Path, layer: int | None, key: str | None) -> Direction:
+    value = _archive.load(path)
+    if not isinstance(value, Mapping) or not persona.is_persona(value):
+        return _make(value, str(path), layer, key)
+    file = persona.of_mapping(value, path)
+    if layer is None:
+        raise VectorError(f"{path} has layers 0 to {file.num_layers - 1}; no layer was given")
+    if key is not None and key.startswith("raw:"):
+        return file.direction(layer, raw=key.removeprefix("raw:"))
+    return file.direction(layer, key=key)
+
+
+def _pca(path: Path, key: str | None) -> Direction:
+    number = (key or "").removeprefix("PC")
+    if key is None or not key.startswith("PC") or not number.isdecimal():
+        asked = "no key was given" if key is None else f"{key!r} was asked for"
+        raise VectorError(f"{path} holds principal components and {asked}; name one as PC1")
+    return pca_file.read_pca(path).direction(int(number))
 
 
 def _make(value: Any, source: str, layer: int | None, key: str | None, *, site: Site | None = None) -> Direction:
@@ -164,6 +211,13 @@ def _of_vector(vector: SteeringVector, source: str) -> Direction:
     )
 
 
+def _testbed(text: str) -> Direction:
+    ready = testbed.direction(text.removeprefix("testbed:"))
+    site = Site.parse(ready.site)
+    norm = float(ready.vector.double().norm())
+    return Direction(vector=ready.vector, norm=norm, source=text, layer=site.layer, site=site)
+
+
 def _random(text: str, hidden_size: int | None) -> Direction:
     seed = text.removeprefix("random:")
     if not seed.isdecimal() or int(seed) >= 2**32:
@@ -179,7 +233,7 @@ def _random(text: str, hidden_size: int | None) -> Direction:
 def _npy(path: Path) -> Tensor:
     try:
         array = np.load(path, allow_pickle=False, mmap_mode="r")
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+        return torch.from_numpy(np.array(array, dtype=np.float32))  # of its own: the map is read-only
     except (ValueError, TypeError, OSError, EOFError) as error:
         raise VectorError(f"{path} is not an array of numbers: {error}") from error
 

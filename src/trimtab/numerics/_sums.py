@@ -8,13 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.numerics._layout import Rectangle
+from trimtab.numerics._layout import Rectangle, rectangles
 from trimtab.numerics.dtypes import is_floating, round_to
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 _WIDE = (torch.int64, torch.uint64)
 _LOW = 0xFFFFFFFF
+_TINY = 1e-280
+"""Sums of squares below this may have lost terms to underflow."""
 
 
 class RowFigures(NamedTuple):
@@ -39,7 +41,7 @@ def row_figures(sums: Array) -> RowFigures:
 class Sums:
     """Running sums of a comparison. Rows arrive in order; a row may arrive in several column parts."""
 
-    def __init__(self, *, rows: int, channels: int, keep_rows: bool, scale: float) -> None:
+    def __init__(self, *, rows: int, channels: int, keep_rows: bool, scale: float, watch: bool = False) -> None:
         self.rows, self.scale = rows, scale
         self.channels = np.zeros(channels)
         self.absolute, self.reference, self.error = 0.0, 0j, 0j
@@ -50,6 +52,9 @@ class Sums:
         self.kept = RowFigures(*(np.zeros(rows if keep_rows else 0) for _ in RowFigures._fields))
         self.best = (-1.0, 0, 0, 0)
         """Largest |c - r|, its row, and the column range that holds it."""
+        self.suspects: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+        """Rows whose squares left the range of float64, in parts; noted when watched for, and not in the cosines."""
+        self._watch = watch
         self._pending, self._first = np.zeros((0, 4)), 0
 
     def begin(self, part: Rectangle) -> None:
@@ -66,8 +71,14 @@ class Sums:
         """Close the rows of the last rectangle: all their columns are in."""
         figures = row_figures(self._pending)
         self.whole += self._pending.sum(axis=0)
-        self.cosine_sum += float(figures.cosine.sum())
-        self.cosine_min = float(min(self.cosine_min, figures.cosine.min()))
+        cosine = figures.cosine
+        if self._watch:
+            squares = self._pending[:, :3]
+            bad = (squares < _TINY).any(axis=1) | ~np.isfinite(squares).all(axis=1)
+            self.suspects.append(self._first + np.flatnonzero(bad))
+            cosine = cosine[~bad]
+        self.cosine_sum += float(cosine.sum())
+        self.cosine_min = float(cosine.min(initial=self.cosine_min))
         if self.kept.error.size:
             place = slice(self._first, self._first + len(self._pending))
             for kept, new in zip(self.kept, figures, strict=True):
@@ -82,6 +93,38 @@ class Sums:
         """Tell whether squares of float64 values may have overflowed or underflowed."""
         norms = self.whole[0, 1:3]
         return not bool(np.all(np.isfinite(self.whole)) and norms.min() > 1e-280 and norms.max() < 1e280)
+
+
+def scaled_figures(left: Tensor, right: Tensor, rows: np.ndarray[Any, np.dtype[np.int64]]) -> RowFigures:
+    """Figures of some rows of two tensors, every row of either side and every difference at its own power of two."""
+    width = left.shape[-1] if left.dim() else 1
+    parts = []
+    for part in rectangles(left, right, max(width, 1 << 20)):
+        low, high = np.searchsorted(rows, (part.row, part.row + part.reference.shape[0]))
+        if low == high:
+            continue
+        picked = torch.from_numpy(rows[low:high] - part.row)
+        sides = widen(part.reference.cpu()[picked], part.candidate.cpu()[picked])[:2]
+        r, c = (torch.view_as_real(x).flatten(1).numpy() if x.is_complex() else x.numpy() for x in sides)
+        good = np.isfinite(r) & np.isfinite(c)
+        r, c = np.where(good, r, 0.0), np.where(good, c, 0.0)
+        (norm, unit_r), (other, unit_c) = _own_scale(r), _own_scale(c)
+        with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+            error = _own_scale(c - r)[0]
+            error = np.where(np.isfinite(error), error, 2.0 * _own_scale(c / 2 - r / 2)[0])
+            rel_l2 = np.where(norm > 0, error / norm, np.where(error > 0, np.inf, 0.0))
+        cosine = np.clip(np.einsum("rc,rc->r", unit_r, unit_c), -1.0, 1.0)
+        cosine = np.where((norm > 0) & (other > 0), cosine, np.where(norm == other, 1.0, 0.0))
+        parts.append(RowFigures(error, norm, rel_l2, cosine))
+    return RowFigures(*(np.concatenate(figure) for figure in zip(*parts, strict=True)))
+
+
+def _own_scale(rows: Array) -> tuple[Array, Array]:
+    """Norms of rows, and the rows at norm 1 (rows of zeros stay); nothing overflows or underflows on the way."""
+    exponent = np.frexp(np.abs(rows).max(axis=1))[1]
+    near_one = np.ldexp(rows, -exponent[:, None])
+    norm = np.sqrt(np.einsum("rc,rc->r", near_one, near_one))
+    return np.ldexp(norm, exponent), near_one / np.where(norm > 0, norm, 1.0)[:, None]
 
 
 def wide_integers(left: torch.dtype, right: torch.dtype) -> bool:

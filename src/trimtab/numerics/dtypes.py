@@ -46,6 +46,10 @@ _PRECISION = {
 }
 
 
+_DROPPED = 11
+"""Low bits of a 64-bit integer that float64 may not hold; what they were is kept in the bit above."""
+
+
 def _all_dtypes() -> dict[str, torch.dtype]:
     """Every dtype this torch has, by its own name (`str(dtype)` without the `torch.` in front)."""
     found = (value for value in vars(torch).values() if isinstance(value, torch.dtype))
@@ -53,6 +57,7 @@ def _all_dtypes() -> dict[str, torch.dtype]:
 
 
 _BY_NAME = _all_dtypes()
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in _BY_NAME.values()}
 _SIGNIFICAND = {_BY_NAME[name]: bits for name, bits in _PRECISION.items() if name in _BY_NAME}
 
 
@@ -81,7 +86,7 @@ def resolve_dtype(name_or_dtype: str | torch.dtype) -> torch.dtype:
 
 def dtype_name(dtype: str | torch.dtype) -> str:
     """Return torch's own name of a dtype without the `torch.` in front: `"bfloat16"`."""
-    return str(resolve_dtype(dtype)).removeprefix("torch.")
+    return _NAMES[resolve_dtype(dtype)]
 
 
 def is_floating(dtype: str | torch.dtype) -> bool:
@@ -138,14 +143,17 @@ def _holding(first: torch.dtype, second: torch.dtype) -> torch.dtype:
 def round_to(tensor: Tensor, dtype: str | torch.dtype) -> Tensor:
     """Round once, to nearest even, into another dtype.
 
-    `Tensor.to` goes from float64 to the 16-bit and 8-bit formats through float32 and so rounds twice; here the step
-    through float32 rounds to odd, after which the second rounding gives the correctly rounded result (Boldo and
-    Melquiond, Emulation of FMA and correctly rounded sums, IEEE TC 2008). Overflow follows torch's own conversion.
+    `Tensor.to` goes from float64 and from wide integers to the 16-bit and 8-bit formats through float32 and so rounds
+    twice; here the step through float32 (and float64, for 64-bit integers) rounds to odd, after which the second
+    rounding gives the correctly rounded result (Boldo and Melquiond, Emulation of FMA and correctly rounded sums, IEEE
+    TC 2008). Overflow follows torch's own conversion.
     """
     target = resolve_dtype(dtype)
     narrow = not target.is_complex and _SIGNIFICAND.get(target, 53) < 24
-    if narrow and tensor.dtype in (torch.int32, torch.int64):
+    if narrow and tensor.dtype in (torch.int32, torch.uint32):
         tensor = tensor.to(torch.float64)
+    elif narrow and tensor.dtype in (torch.int64, torch.uint64):
+        tensor = _integers_to_odd(tensor)
     if tensor.dtype != torch.float64 or not narrow:
         return tensor.to(target)
     single = tensor.to(torch.float32)
@@ -155,3 +163,17 @@ def round_to(tensor: Tensor, dtype: str | torch.dtype) -> Tensor:
     truncated = bits - beyond.to(torch.int32)
     keep = exact | tensor.isnan()
     return torch.where(keep, bits, truncated | 1).view(torch.float32).to(target)
+
+
+def _integers_to_odd(tensor: Tensor) -> Tensor:
+    """Round 64-bit integers to odd in float64; those that it holds stay as they are."""
+    bits = tensor.view(torch.int64) if tensor.dtype == torch.uint64 else tensor
+    high = bits >> _DROPPED
+    if tensor.dtype == torch.uint64:
+        high = high & ((1 << (64 - _DROPPED)) - 1)
+        exact = high < 1 << (53 - _DROPPED)
+    else:
+        exact = (high >= -(1 << (53 - _DROPPED))) & (high < 1 << (53 - _DROPPED))
+    sticky = ((bits & ((1 << _DROPPED) - 1)) != 0).to(torch.int64)
+    odd = (high | sticky).to(torch.float64) * float(1 << _DROPPED)
+    return torch.where(exact, torch.where(exact, bits, 0).to(torch.float64), odd)

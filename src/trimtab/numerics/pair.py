@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from trimtab.errors import InputError
 from trimtab.numerics._layout import CODES, Rectangle, kernels, plain, rectangles, table_address
-from trimtab.numerics._sums import Sums, add_torch, largest, row_figures, wide_integers, widen
+from trimtab.numerics._sums import Sums, add_torch, largest, row_figures, scaled_figures, wide_integers, widen
 from trimtab.numerics.dtypes import coarser, dtype_name, is_floating, round_to
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
@@ -23,6 +24,9 @@ Engine = Literal["numba", "torch"]
 _LIMIT = {"numba": 1 << 24, "torch": 1 << 20}
 _CHANNEL_LIMIT = 1 << 20
 _THREAD_WORTH = 1 << 18
+_WHOLE = 1 << 22
+_WIDE_RANGE = {torch.float64, torch.complex128}
+"""Dtypes whose squares float64 cannot always hold."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -130,6 +134,9 @@ def compare_pair_coarser(
     here that rounding is on both sides, so 0 means "the same up to storage". Arguments and result as `compare_pair`;
     the result's dtypes are the common one. Two exact dtypes are compared as they are, by value.
     """
+    for one in (reference, candidate):
+        if not isinstance(one, Tensor):
+            raise InputError(f"got {type(one).__name__}; expected a torch.Tensor")
     rounded = is_floating(reference.dtype) or is_floating(candidate.dtype)
     common = coarser(reference.dtype, candidate.dtype) if rounded else None
     return _compare(reference, candidate, engine=engine, per_row=per_row, common=common)
@@ -149,13 +156,128 @@ def _compare(
     if engine not in _LIMIT:
         raise InputError(f"got engine={engine!r}; expected 'numba' or 'torch'")
     chosen = _choose(engine, left, right)
-    total = _run(left, right, chosen, per_row, common, scale=1.0)
-    if total.left_range() and {left.dtype, right.dtype} & {torch.float64, torch.complex128}:
+    wide = bool({left.dtype, right.dtype} & _WIDE_RANGE)
+    small = left.numel() < _THREAD_WORTH or (left.numel() <= _WHOLE and not wide and _threads() == 1)
+    if chosen == "numba" and common is None and small and left.numel():
+        found = _small(left, right, per_row, names)
+        if found is not None:
+            return found
+    watch = wide and common in (None, *_WIDE_RANGE)
+    total = _run(left, right, chosen, per_row, common, scale=1.0, watch=watch)
+    if total.left_range() and wide:
         scale = _rescue_scale(left, right)
         if scale != 1.0:
-            total = _run(left, right, chosen, per_row, common, scale=scale)
+            total = _run(left, right, chosen, per_row, common, scale=scale, watch=watch)
     place = largest(total, left, right, common)
-    return _finish(left, right, total, place, names=names, engine=chosen)
+    suspects = np.concatenate(total.suspects) if total.suspects else np.zeros(0, np.int64)
+    rescued = None
+    if suspects.size:
+        rescued = scaled_figures(left, right, suspects)
+        total.cosine_sum += float(rescued.cosine.sum())
+        total.cosine_min = float(rescued.cosine.min(initial=total.cosine_min))
+    found = _finish(left, right, total, place, names=names, engine=chosen)
+    if rescued is not None and per_row:  # the arrays are this call's own
+        for array, better in zip(
+            (found.row_error, found.row_norm, found.row_rel_l2, found.row_cosine), rescued, strict=True
+        ):
+            array[suspects] = better
+    return found
+
+
+def _small(left: Tensor, right: Tensor, per_row: bool, names: tuple[str, str]) -> PairStats | None:
+    """Compare two small tensors in one call; None when their layout or range needs the general way."""
+    width = left.shape[-1] if left.dim() else 1
+    if not (
+        left.is_contiguous() and right.is_contiguous() and left.is_cpu and right.is_cpu and width <= _CHANNEL_LIMIT
+    ):
+        return None
+    rows = left.numel() // width
+    sums, counts, where = np.zeros(9), np.zeros(7, np.int64), np.array([-1, 0, 0, 0], np.int64)
+    row_sums, figures, channels = np.zeros((rows, 4)), np.empty((4, rows)), np.zeros(width)
+    item, item_c = left.element_size(), right.element_size()
+    kernels().whole_pair(
+        left.data_ptr(), CODES[left.dtype], item, item * width, table_address(left.dtype),
+        right.data_ptr(), CODES[right.dtype], item_c, item_c * width, table_address(right.dtype),
+        rows, width, row_sums, figures, channels, sums, counts, where,
+    )  # fmt: skip
+    if _WIDE_RANGE & {left.dtype, right.dtype} and not (row_sums[:, :3].min() > 1e-280 and sums[3:6].max() < 1e280):
+        return None
+    absolute, total, error, dd, rr, cc, rc, cosines, cosine_min = sums.tolist()
+    nan_r, inf_r, nan_c, inf_c, mismatched, left_out, unequal = counts.tolist()
+    top, row, _, column = where.tolist()
+    flat = row * width + column
+    finite = max(left.numel() - left_out, 1)
+    if not per_row:
+        figures = np.empty((4, 0))
+    return PairStats(
+        numel=left.numel(),
+        rows=rows,
+        mae=absolute / finite,
+        rmse=math.sqrt(dd / finite),
+        max_abs=struct.unpack("d", struct.pack("q", top))[0],
+        max_abs_index=_unravel(flat, left.shape),
+        max_abs_reference=_element(left, flat),
+        max_abs_candidate=_element(right, flat),
+        rel_l2=math.sqrt(dd) / math.sqrt(rr) if rr > 0 else (math.inf if dd > 0 else 0.0),
+        rel_diff=dd / (rr + cc) if rr + cc > 0 else 0.0,
+        cosine=cosines / rows,
+        cosine_min=cosine_min,
+        cosine_flat=_cosine(rr, cc, rc),
+        slope=rc / rr if rr > 0 else (math.inf if cc > 0 else 1.0),
+        mean_reference=total / finite,
+        mean_candidate=(total + error) / finite,
+        mean_error=error / finite,
+        nan_reference=nan_r,
+        inf_reference=inf_r,
+        nan_candidate=nan_c,
+        inf_candidate=inf_c,
+        nonfinite_mismatches=mismatched,
+        unequal=mismatched + unequal,
+        exact=not is_floating(left.dtype) and not is_floating(right.dtype),
+        row_error=figures[0],
+        row_norm=figures[1],
+        row_rel_l2=figures[2],
+        row_cosine=figures[3],
+        channel_rms=channels,
+        dtype_reference=names[0],
+        dtype_candidate=names[1],
+        engine="numba",
+    )
+
+
+def _cosine(rr: float, cc: float, rc: float) -> float:
+    if rr > 0 and cc > 0:
+        return min(max(rc / math.sqrt(rr) / math.sqrt(cc), -1.0), 1.0)
+    return 1.0 if rr == cc else 0.0
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, place = divmod(flat, size)
+        index.append(place)
+    return tuple(reversed(index))
+
+
+def _element(tensor: Tensor, flat: int) -> float:
+    """A stored value; integers stay integers."""
+    value = tensor.view(-1)[flat].item()
+    return int(value) if isinstance(value, bool) else value
+
+
+def channel_square_sums(rows: Tensor) -> Array:
+    """Sum of the squares of each column's finite elements, float64 [width].
+
+    Args:
+        rows: `[rows, width]`, real, any dtype and layout.
+    """
+    rows = _readable(plain(rows))
+    out = np.zeros(rows.shape[1])
+    kernels().channel_squares(
+        rows.data_ptr(), CODES[rows.dtype], rows.element_size(), rows.stride(0) * rows.element_size(),
+        rows.shape[0], rows.shape[1], table_address(rows.dtype), out,
+    )  # fmt: skip
+    return out
 
 
 def _choose(engine: Engine, left: Tensor, right: Tensor) -> Engine:
@@ -165,11 +287,22 @@ def _choose(engine: Engine, left: Tensor, right: Tensor) -> Engine:
     return "torch" if wide_integers(left.dtype, right.dtype) else engine
 
 
-def _run(left: Tensor, right: Tensor, engine: Engine, per_row: bool, common: torch.dtype | None, scale: float) -> Sums:
+def _run(
+    left: Tensor,
+    right: Tensor,
+    engine: Engine,
+    per_row: bool,
+    common: torch.dtype | None,
+    *,
+    scale: float,
+    watch: bool,
+) -> Sums:
     """Accumulate over all rectangles."""
     width = left.shape[-1] if left.dim() else 1
     rows = math.prod(left.shape[:-1])
-    total = Sums(rows=rows, channels=width if width <= _CHANNEL_LIMIT else 0, keep_rows=per_row, scale=scale)
+    total = Sums(
+        rows=rows, channels=width if width <= _CHANNEL_LIMIT else 0, keep_rows=per_row, scale=scale, watch=watch
+    )
     if left.numel() == 0:  # rows of no element are zero rows
         total.cosine_sum = float(rows)
         total.kept.cosine[:] = 1.0
@@ -199,7 +332,7 @@ def _add_numba(total: Sums, part: Rectangle) -> None:
     num_rows, num_columns = reference.shape
     threads = 1
     if reference.numel() >= _THREAD_WORTH:
-        threads = min(torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
+        threads = _threads()
     by_rows = num_rows >= threads
     size = num_rows if by_rows else num_columns
     bounds = [size * i // threads for i in range(threads + 1)]
@@ -212,6 +345,11 @@ def _add_numba(total: Sums, part: Rectangle) -> None:
                 finished.result()
     for job in jobs:
         job.add_to(total)
+
+
+def _threads() -> int:
+    """Threads that a large pair is worth: torch's, as far as there are cores for them."""
+    return min(torch.get_num_threads(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 64)
 
 
 class _Job:

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from trimtab.errors import InputError
+from trimtab.numerics._layout import CODES, kernels
 from trimtab.numerics.dtypes import dtype_name, resolve_dtype, round_to
 
 INCOMPARABLE = torch.iinfo(torch.int64).max
 """The distance to a NaN from anything that is none; also where a float64 distance would not fit int64."""
 
+_INFINITY = {torch.float32: 0x7F800000, torch.bfloat16: 0x7F80, torch.float16: 0x7C00}
+"""Bits of infinity in the dtypes that the compiled pass reads."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -75,9 +78,35 @@ def ulp_distance(a: Tensor, b: Tensor, dtype: str | torch.dtype) -> Tensor:
 
 
 def max_ulp(a: Tensor, b: Tensor, dtype: str | torch.dtype) -> int:
-    """Return the largest `ulp_distance` of two tensors; 0 when they hold no element."""
-    distance = ulp_distance(a, b, dtype)
+    """Return the largest `ulp_distance` of two tensors; 0 when they hold no element.
+
+    In float32, bfloat16 and float16 on the CPU this is one compiled pass; elsewhere it is made of tensors.
+    """
+    target = resolve_dtype(dtype)
+    found = _farthest(a, b, target)
+    if found is not None and found[1] <= _INFINITY[target]:
+        return found[0]
+    distance = ulp_distance(a, b, target)
     return int(distance.max()) if distance.numel() else 0
+
+
+def max_ulp_finite(a: Tensor, b: Tensor, dtype: str | torch.dtype) -> int | None:
+    """Return `max_ulp`, or None when an element of either side is NaN or infinite."""
+    target = resolve_dtype(dtype)
+    found = _farthest(a, b, target)
+    if found is not None and found[1] < _INFINITY[target]:
+        return found[0]
+    widened = (side.to(torch.float64) for side in (a, b))  # what overflows in `dtype` alone is finite
+    return max_ulp(a, b, target) if all(bool(side.isfinite().all()) for side in widened) else None
+
+
+def _farthest(a: Tensor, b: Tensor, target: torch.dtype) -> tuple[int, int] | None:
+    """Largest distance in steps of `target` and bits of the largest magnitude; None where no kernel reads the sides."""
+    if target not in _INFINITY or a.shape != b.shape or not (a.is_cpu and b.is_cpu) or a.is_complex() or b.is_complex():
+        return None
+    left, right = (round_to(side.detach(), target).resolve_neg().contiguous() for side in (a, b))
+    distance, top = kernels().farthest(left.data_ptr(), right.data_ptr(), CODES[target], left.numel())
+    return int(distance), int(top)
 
 
 def _wraps(left: Tensor, right: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from typing import Any
 from trimtab._base import jsonio
 from trimtab._base.files import atomic_write_bytes
 from trimtab.errors import InputError
-from trimtab.results import Analysis, Comparison, from_json, to_json
+from trimtab.report import _kinds, _text_other
+from trimtab.results import from_json, to_json
 
 __all__ = ["render_html", "render_json", "render_text", "report"]
 
@@ -25,8 +26,9 @@ def report(result: Any, path: str | os.PathLike[str] | None = None) -> str | Pat
     """Render a result, and write it when a path is given.
 
     Args:
-        result: a result, or the file of an `Analysis` or `Comparison` in JSON.
-        path: file to write; its ending chooses the form: `.html` (an `Analysis` or a `Comparison`), `.json` or `.txt`.
+        result: a result, or the file of an `Analysis`, `Comparison` or `Triage` in JSON.
+        path: file to write; its ending chooses the form: `.html` (an `Analysis`, `Comparison` or `Triage`), `.json` or
+            `.txt`.
             Its directory must exist.
 
     Returns:
@@ -71,14 +73,9 @@ def render_text(result: Any, *, width: int = 120, color: bool = False) -> str:
     Raises:
         InputError: not a result.
     """
-    from trimtab.report import _text, _text_other
-
-    if isinstance(result, Analysis):
-        return _text.render_analysis(result, width=width, color=color)
-    if isinstance(result, Comparison):
-        return _text.render_comparison(result, width=width, color=color)
     _check(result)
-    return _text_other.render(result, width=width, color=color)
+    render = _kinds.renderer(result, "text") or _text_other.render
+    return render(result, width=width, color=color)
 
 
 def render_json(result: Any) -> str:
@@ -87,15 +84,12 @@ def render_json(result: Any) -> str:
     return to_json(result) + "\n"
 
 
-def render_html(result: Analysis | Comparison) -> str:
+def render_html(result: Any) -> str:
     """Render one HTML file that works from disk, offline, in light and dark; under 3 MB."""
-    from trimtab.report import _html
-
-    if isinstance(result, Analysis):
-        return _html.render_analysis(result)
-    if isinstance(result, Comparison):
-        return _html.render_comparison(result)
-    raise InputError(f"no page for {_kind(result)}: give an Analysis or a Comparison, or use .txt or .json")
+    render = _kinds.renderer(result, "html")
+    if render is not None:
+        return render(result)
+    raise InputError(f"no page for {_kind(result)}: give an Analysis, a Comparison or a Triage, or use .txt or .json")
 
 
 def _check(result: object) -> None:
@@ -107,8 +101,8 @@ def _kind(result: object) -> str:
     return f"the class {result.__name__}" if isinstance(result, type) else f"a {type(result).__name__}"
 
 
-def _load(path: Path) -> Analysis | Comparison:
-    """Read a JSON document; an analysis says its kind, a comparison is known by its ledger of two sides."""
+def _load(path: Path) -> Any:
+    """Read a JSON document."""
     if path.is_dir():
         raise InputError(f"{str(path)!r} is a directory: give the JSON file of a result")
     try:
@@ -117,10 +111,9 @@ def _load(path: Path) -> Analysis | Comparison:
         raise InputError(f"no such file: {str(path)!r}; give the JSON file of a result") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{str(path)!r} is not text: {error.reason} at byte {error.start}") from error
-    document = jsonio.loads(text, path)
-    keys = set(document) if isinstance(document, dict) else set()
-    if keys and document.get("kind") == "analysis":
-        return from_json(Analysis, text)
-    if {"ledger", "records", "verdict"} <= keys:
-        return from_json(Comparison, text)
-    raise InputError(f"{str(path)!r} holds no result with a report: expected the JSON of an Analysis or a Comparison")
+    found = _kinds.kind_of(jsonio.loads(text, path))
+    if found is not None:
+        return from_json(found, text)
+    raise InputError(
+        f"{str(path)!r} holds no result with a report: expected the JSON of an Analysis or a Comparison, or of a Triage"
+    )

@@ -43,6 +43,11 @@ class TextPage:
             self.line(text, style)
         self._rest(len(every) - MAX_LINES)
 
+    def verbatim(self, text: str) -> None:
+        """Print lines as they are, however long, so that they can be copied."""
+        for line in text.splitlines():
+            self._console.print(Text(fmt.visible(line)), soft_wrap=True)
+
     def item(self, head: str, detail: str, style: str) -> None:
         self._console.print(Text(fmt.visible(head), style=f"{style} bold".strip()))
         self._console.print(Padding(Text(fmt.visible(detail), style="dim"), (0, 0, 0, 4)))

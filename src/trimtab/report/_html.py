@@ -13,9 +13,11 @@ from markupsafe import Markup
 
 from trimtab._base import jsonio
 from trimtab._version import __version__
-from trimtab.report import _analysis, _comparison, _payload
+from trimtab.report import _analysis, _commits, _comparison, _payload, _triage
 from trimtab.report._format import count, visible
 from trimtab.results import Analysis, Comparison
+from trimtab.results.commits import CommitWalk
+from trimtab.results.triage import Triage
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'"
 
@@ -69,6 +71,43 @@ def render_comparison(result: Comparison) -> str:
     )
 
 
+def render_triage(result: Triage) -> str:
+    """Return the page of a triage."""
+    view = _triage.view(result)
+    sections = [("answer", "Answer")]
+    sections += [("divergence", "Divergence")] if result.divergence else []
+    sections += [("figures", "Figures")] if view.heats or view.chart or view.strips else []
+    sections += [("source", "Source and fix")] if result.source or result.fix or result.transplant else []
+    return _page(
+        "triage.html.j2",
+        scripts={},
+        style=_asset("report.css") + _asset("triage.css"),
+        title=f"Triage: {result.candidate} against {result.reference}",
+        created="",
+        sections=[*sections, ("runs", "Runs")],
+        result=result,
+        view=view,
+    )
+
+
+def render_commits(result: CommitWalk) -> str:
+    """Return the page of a walk over commits."""
+    view = _commits.view(result)
+    sections = [("answer", "Answer"), ("commits", "Commits")]
+    sections += [("metrics", "Metrics")] if view.panels else []
+    sections += [("findings", "Findings")] if view.flags or view.traces or result.bisection else []
+    return _page(
+        "commits.html.j2",
+        scripts={},
+        style=_asset("report.css") + _asset("commits.css"),
+        title=f"Commits {view.revisions}",
+        created="",
+        sections=[*sections, ("repeat", "Go on")],
+        result=result,
+        view=view,
+    )
+
+
 def embed(value: Any) -> Markup:
     """JSON that is safe inside a script element: no `<`, `>`, `&` or line separator survives unescaped."""
     text = jsonio.dumps(value)
@@ -77,7 +116,7 @@ def embed(value: Any) -> Markup:
     return Markup(text)
 
 
-def _page(template: str, *, scripts: dict[str, str], **values: Any) -> str:
+def _page(template: str, *, scripts: dict[str, str], style: str = "", **values: Any) -> str:
     code = {"page_js": _asset("page.js")} | {name: _asset(file) for name, file in scripts.items()}
     hashes = " ".join(_hash(text) for text in code.values())
     policy = f"{_POLICY}; script-src {hashes}"
@@ -85,7 +124,7 @@ def _page(template: str, *, scripts: dict[str, str], **values: Any) -> str:
     page = (
         _environment()
         .get_template(template)
-        .render(policy=policy, css=Markup(_asset("report.css")), version=__version__, **inline, **values)
+        .render(policy=policy, css=Markup(style or _asset("report.css")), version=__version__, **inline, **values)
     )
     # A lone surrogate cannot be written as UTF-8; it becomes "?".
     return page.encode("utf-8", "replace").decode("utf-8")

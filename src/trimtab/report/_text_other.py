@@ -30,7 +30,8 @@ def _generation(run: GenerationRun, page: TextPage) -> None:
         page.line(one.prompt, "bold")
         page.item(one.text, f"{fmt.count(len(one.token_ids), 'token')}, stopped by {one.stop}", "")
         for dose in one.doses:
-            touched = f"{dose.rows} rows, {dose.clamped} clamped" if dose.rows else f"no row: {dose.reason}"
+            clamped = "" if dose.clamped is None else f", {dose.clamped} clamped"
+            touched = f"{dose.rows} rows{clamped}" if dose.rows else f"no row: {dose.reason}"
             page.item(f"    {dose.site} {dose.op}: {touched}", "", "")
         page.line("")
     page.facts(

@@ -14,6 +14,7 @@ from trimtab.results.analysis import (
     Recommendation,
     TokenAgreement,
 )
+from trimtab.results.commits import CommitWalk
 from trimtab.results.comparison import (
     Calibration,
     Comparison,
@@ -29,6 +30,8 @@ from trimtab.results.comparison import (
     SideCount,
     TokenDivergence,
 )
+from trimtab.results.evaluation import AutoCoefficient, Evaluation, RolloutRun
+from trimtab.results.lines import AnalyzedLine, ComparedLine, GeneratedLine, VerdictLine, lines
 from trimtab.results.runs import (
     DecodeComparison,
     DecodeStep,
@@ -40,12 +43,22 @@ from trimtab.results.runs import (
     SweepConfigState,
     SweepRun,
 )
+from trimtab.results.stress import Stress
+from trimtab.results.training import QueueEstimate, QueueRun, RateSweep, Training
+from trimtab.results.triage import Triage
+from trimtab.results.vectors import ExtractionReport
+from trimtab.results.vectors_clean import Cleaning, VectorComparison
 
 __all__ = [
     "Analysis",
     "AnalysisLedger",
+    "AnalyzedLine",
+    "AutoCoefficient",
     "Calibration",
     "CapStep",
+    "Cleaning",
+    "CommitWalk",
+    "ComparedLine",
     "Comparison",
     "ConfigRow",
     "DecodeComparison",
@@ -53,9 +66,12 @@ __all__ = [
     "DoctorReport",
     "DoseSummary",
     "DriftCell",
+    "Evaluation",
+    "ExtractionReport",
     "Finding",
     "Fingerprint",
     "FirstDivergence",
+    "GeneratedLine",
     "GeneratedText",
     "GenerationRun",
     "Ledger",
@@ -64,16 +80,26 @@ __all__ = [
     "LogprobStep",
     "Metrics",
     "PromptInfo",
+    "QueueEstimate",
+    "QueueRun",
+    "RateSweep",
     "Recommendation",
     "RecordKey",
     "RecordVerdict",
+    "RolloutRun",
     "RowSeries",
     "SideCount",
+    "Stress",
     "SweepConfigState",
     "SweepRun",
     "TokenAgreement",
     "TokenDivergence",
+    "Training",
+    "Triage",
+    "VectorComparison",
+    "VerdictLine",
     "from_json",
+    "lines",
     "schema",
     "to_dict",
     "to_json",

@@ -15,7 +15,7 @@ COMPARISON_VERSION = 1  # 1: first version
 
 Status = Literal["identical", "passed", "inconclusive", "failed", "corrupt"]
 Side = Literal["reference", "candidate", "both"]
-EntryKind = Literal["missing", "unmatched", "skipped", "corrupt", "incomplete", "inconclusive", "failed"]
+EntryKind = Literal["missing", "unmatched", "skipped", "corrupt", "incomplete", "inconclusive", "failed", "replica"]
 Number = int | float
 
 
@@ -41,6 +41,8 @@ class RecordKey:
     request: str | None = None
     occurrence: int = 0
     """Which of several records with otherwise equal identity, in the order they were written."""
+    coordinates: str = ""
+    """The place in a parallel run of which nothing says how it joins the others, such as "dp=1"."""
 
     @property
     def tensor(self) -> str:
@@ -57,6 +59,7 @@ class RecordKey:
             parts.append(f"phase={self.phase} step={self.step}")
             parts.append(f"micro_step={self.micro_step}" if self.micro_step else "")
             parts.append(f"rank={self.rank}" if self.rank is not None else "")
+            parts.append(self.coordinates)
         parts.append(f"config={self.config}" if self.config else "")
         parts.append(f"edit={self.edit}" if self.edit != "none" else "")
         parts.append(f"kind={self.kind}" if self.kind != "value" else "")
@@ -147,6 +150,58 @@ class Fingerprint:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """The smallest tolerances under which a pair would pass elementwise, each on its own."""
+
+    absolute: float
+    """max |a - r|."""
+    relative: float
+    """max |a - r| / |r|; inf where r is 0 and a is not."""
+    both: float
+    """The smallest t with |a - r| <= t + t |r| for every element: rtol = atol = t."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorstElement:
+    """One of the elements that differ most."""
+
+    index: tuple[int, ...]
+    """Coordinates in the tensor put together; in rows of a generation, the absolute position comes first."""
+    reference: Number
+    candidate: Number
+    ranks: tuple[int, ...] = ()
+    """Ranks of the candidate that held it (of the reference, where only that is shared out)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorstRow:
+    """One of the rows that differ most."""
+
+    index: tuple[int, ...]
+    """Coordinates of the row, or its absolute position."""
+    error: float
+    """|a - r| / max(|r|, 0.01 rms row norm)."""
+    ranks: tuple[int, ...] = ()
+    """Ranks that held its worst element."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardError:
+    """The error in what one place of a parallel run held."""
+
+    side: Literal["reference", "candidate"]
+    """The side whose layout tells the places apart."""
+    ranks: tuple[int, ...]
+    """One, or several that hold terms of a sum; copies are compared on their own."""
+    place: str
+    """Coordinates, such as "tp=1"."""
+    elements: int
+    rel_l2: float
+    share: float
+    """Share of the pair's squared error."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class RowSeries:
     """Errors by row of one pair, kept when asked for."""
 
@@ -186,6 +241,15 @@ class RecordVerdict:
     warnings: tuple[str, ...] = ()
     waived_by: str | None = None
     series: RowSeries | None = None
+    ranks: tuple[int, ...] = ()
+    """Ranks that held the worst element of a pair that did not pass."""
+    shards: tuple[ShardError, ...] = ()
+    """The error by place, where a pair that did not pass was put together from several."""
+    tolerance: Tolerance | None = None
+    """Measured when the pair did not pass, or was asked for."""
+    worst_elements: tuple[WorstElement, ...] = ()
+    """The elements that differ most, the worst first; measured when the pair did not pass."""
+    worst_rows: tuple[WorstRow, ...] = ()
 
     @property
     def passing(self) -> bool:
@@ -209,6 +273,8 @@ class FirstDivergence:
     row_error: float
     noise_ratio: float | None
     reason: str
+    ranks: tuple[int, ...] = ()
+    """Ranks that held the element, where the key does not say."""
 
     @property
     def text(self) -> str:
@@ -218,7 +284,8 @@ class FirstDivergence:
             f", reference {self.reference:.9g} candidate {self.candidate:.9g}" if self.reference is not None else ""
         )
         at = f" at {list(self.index)}" if self.index else ""
-        return f"{self.key.text}{where}{at}{values}"
+        held = f" on rank {' and '.join(map(str, self.ranks))}" if self.ranks else ""
+        return f"{self.key.text}{where}{at}{held}{values}"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -420,6 +487,8 @@ def _flat(record: RecordVerdict) -> dict[str, Any]:
         "rows": record.rows,
         "severity": record.severity,
         "max_ulp": record.max_ulp,
+        "ranks": list(record.ranks),
+        "tolerance": record.tolerance.both if record.tolerance else 0.0 if record.status == "identical" else None,
         "fingerprints": [one.kind for one in record.fingerprints],
         "reasons": "; ".join(record.reasons),
     }

@@ -14,7 +14,8 @@ class DoseSummary:
     site: str
     op: str
     rows: int
-    clamped: int
+    clamped: int | None
+    """Rows at a bound. This and the figures below are None where rows were counted only: without a trace."""
     mean_projection_before: float | None
     mean_projection_after: float | None
     max_ratio: float | None

@@ -73,6 +73,13 @@ def bound_json(bound: BoundOp) -> dict[str, Any]:
     }
 
 
+def identity(bound: BoundOp) -> tuple[str, str, str]:
+    """Return what names one bound op apart from its rows: a digest of op and site, its positions, its gain as JSON."""
+    what = json.dumps({"site": str(bound.pattern), "op": op_json(bound.op)}, sort_keys=True, separators=(",", ":"))
+    gain = json.dumps(gain_json(bound.gain), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(what.encode(), digest_size=32).hexdigest(), bound.positions.canonical(), gain
+
+
 def text(bound: Sequence[BoundOp]) -> str:
     """Return the canonical form of ops in canonical order."""
     document = {"format": FORMAT, "version": VERSION, "ops": [bound_json(one) for one in bound]}

@@ -55,18 +55,43 @@ def read(path: str | os.PathLike[str], formats: str, version: int) -> tuple[dict
             tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 - not a dict
     except (safetensors.SafetensorError, OSError) as error:
         raise SteeringError(f"{source} is not a readable safetensors file: {error}") from error
+    _check_format(metadata, str(source), formats, version)
+    return tensors, metadata
+
+
+def _check_format(metadata: Mapping[str, str], where: str, formats: str, version: int) -> None:
     if metadata.get("format") != formats:
-        raise SteeringError(f"{source}: its metadata says format {metadata.get('format')!r}; {formats!r} was expected")
+        raise SteeringError(f"{where}: its metadata says format {metadata.get('format')!r}; {formats!r} was expected")
     found = metadata.get("version", "")
     if found != str(version):
         newer = found.isdecimal() and int(found) > version
         what = "was written by a newer Trimtab; upgrade" if newer else "is not a version that exists"
-        raise SteeringError(f"{source}: version {found!r} {what}; this one reads version {version}")
-    return tensors, metadata
+        raise SteeringError(f"{where}: version {found!r} {what}; this one reads version {version}")
 
 
 def save(bound: Sequence[BoundOp], path: str | os.PathLike[str]) -> None:
     """Write the ops of a Steering; equal tensors are stored once, named by their digest."""
+    write(path, *_pack(bound))
+
+
+def dumps(bound: Sequence[BoundOp]) -> bytes:
+    """Return the bytes of the file that `save` writes."""
+    return safetensors.torch.save(*_pack(bound))
+
+
+def loads(data: bytes, where: str) -> list[BoundOp]:
+    """Read the bytes of a file that `save` wrote; `where` names them in messages."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        metadata = dict(json.loads(data[8 : 8 + size])["__metadata__"])
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise SteeringError(f"{where} is not a steering file: {error}") from error
+    _check_format(metadata, where, _canonical.FORMAT, _canonical.VERSION)
+    return _unpack(tensors, metadata, where)
+
+
+def _pack(bound: Sequence[BoundOp]) -> tuple[dict[str, Tensor], dict[str, str]]:
     text = _canonical.text(bound)
     tensors = {}
     for one in bound:
@@ -75,15 +100,18 @@ def save(bound: Sequence[BoundOp], path: str | os.PathLike[str]) -> None:
             if item.init and isinstance(value, Tensor):
                 tensors[_canonical.tensor_digest(value)] = value.contiguous()
     metadata = {"format": _canonical.FORMAT, "version": str(_canonical.VERSION), "steering": text}
-    write(path, tensors, {**metadata, "digest": _canonical.digest(bound)})
+    return tensors, {**metadata, "digest": _canonical.digest(bound)}
 
 
 def load(path: str | os.PathLike[str]) -> list[BoundOp]:
     """Read the ops of a Steering, in their order."""
+    tensors, metadata = read(path, _canonical.FORMAT, _canonical.VERSION)
+    return _unpack(tensors, metadata, str(path))
+
+
+def _unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: str) -> list[BoundOp]:
     from trimtab.steering.spec import BoundOp
 
-    tensors, metadata = read(path, _canonical.FORMAT, _canonical.VERSION)
-    where = str(path)
     require_keys(metadata, {"format", "version", "steering", "digest"}, where)
     text = metadata["steering"]
     if hashlib.blake2b(text.encode(), digest_size=32).hexdigest() != metadata["digest"]:

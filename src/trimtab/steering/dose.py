@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from trimtab.sites import Site
+from trimtab.steering._arithmetic import accumulator, norm
+from trimtab.steering.ops import Kernel, Raw
 
 Detail: TypeAlias = Literal["counts", "full"]
 
@@ -55,3 +57,42 @@ class OpDose:
         }
         rows = int(index.sum()) if index.dtype is torch.bool else index.numel()
         return replace(self, rows=rows, **taken)
+
+
+def measure(kernel: Kernel, raw: Raw, states: tuple[Tensor, Tensor, Tensor]) -> dict[str, Tensor]:
+    """Return the columns of a full dose, one number per row.
+
+    Args:
+        kernel: the op.
+        raw: what it computed.
+        states: [N, D] each: the state before the op, the correction that was applied, and the state after.
+    """
+    before, change, after = states
+    zero = torch.zeros_like(before[:, 0], dtype=torch.float32)
+    p_before = zero if kernel.probe is None else _along(before, kernel.probe)
+    if raw.projection is not None:
+        p_before = _size(raw.projection)
+    clamped = raw.clamped
+    if clamped is None and kernel.clamps and raw.adjustment is not None:
+        clamped = raw.adjustment != 0
+    measured = {
+        "p_before": p_before,
+        "p_after": zero if kernel.probe is None else _along(after, kernel.probe),
+        "cap_delta": zero if raw.adjustment is None else _size(raw.adjustment),
+        "clamped": zero.bool() if clamped is None else clamped[:, 0],
+        "ratio": (norm(change.float()) / norm(before.float()))[:, 0].nan_to_num(nan=0.0, posinf=float("inf")),
+    }
+    if raw.violation is not None:
+        measured["violation"] = raw.violation[:, 0].float()
+    return measured
+
+
+def _along(state: Tensor, probe: Tensor) -> Tensor:
+    wide = state.to(probe.dtype)
+    return _size(torch.stack([(wide * u).sum(-1) for u in probe], dim=-1))
+
+
+def _size(values: Tensor) -> Tensor:
+    """Return one number per row: the value itself along one direction, the norm along several; float32 [N]."""
+    wide = values.to(accumulator(values.dtype))
+    return (wide[:, 0] if wide.shape[1] == 1 else wide.norm(dim=1)).float()

@@ -171,4 +171,4 @@ class Edit(Op):
                 raise SteeringError(f"{self.name}: the function returned {shape}; {[*h.shape]} was expected")
             return Raw(changed.to(math) - h)
 
-        return Kernel(correct=correct)
+        return Kernel(correct=correct, rowwise=False)

@@ -55,6 +55,8 @@ class Kernel:
     """Whether a nonzero adjustment means that a bound was active."""
     require: Callable[[Tensor], None] | None = None
     """Given the selected positions, raises when the op cannot act on one of them (looked at on the CPU only)."""
+    rowwise: bool = True
+    """Whether it may be given the rows in blocks; False where that changes a row, or costs more than it saves."""
 
 
 @dataclass(frozen=True, eq=False)

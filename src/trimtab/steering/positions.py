@@ -154,6 +154,11 @@ class Positions:
         """Whether the selection depends on token ids."""
         return bool(self.not_token_ids or self.token_ids)
 
+    def settled(self, prompt_length: int) -> int:
+        """Return the position from which every row is selected, or none is, token ids apart."""
+        edges = [edge for span in (*self.ranges, *self.not_ranges) for edge in span if edge is not None]
+        return max((max(offset + prompt_length * from_prompt, 0) for from_prompt, offset in edges), default=0)
+
     def check(self, prompt_length: int, length: int | None = None) -> None:
         """Refuse a selection that cannot be met.
 

@@ -18,6 +18,20 @@ class Selected(NamedTuple):
     gain: Tensor | None
     rows: int | Tensor
 
+    @property
+    def none(self) -> bool:
+        """Whether no row is selected; on an accelerator that is not looked at."""
+        return isinstance(self.rows, int) and self.rows == 0
+
+    def part(self, start: int, stop: int) -> Selected:
+        """Return the same for the rows [start, stop), on the CPU."""
+        mask, count = None, stop - start
+        if self.mask is not None:
+            mask = self.mask[start:stop]
+            count = int(mask.sum())
+        gain = None if self.gain is None else self.gain[start:stop]
+        return Selected(None if count == stop - start else mask, gain, count)
+
 
 class Rows:
     """What a backend knows about the rows of one forward pass.
@@ -70,8 +84,10 @@ class Rows:
                 return Selected(None, values, self.positions.numel())
         self._check(positions)
         mask = positions.mask(self.positions, self.prompt_length, self.token_ids)
-        count = mask.sum()
-        return Selected(mask, values, int(count) if mask.device.type == "cpu" else count)
+        if mask.device.type != "cpu":
+            return Selected(mask, values, mask.sum())
+        count = int(mask.sum())
+        return Selected(None if count == mask.numel() else mask, values, count)
 
     def steps(self) -> Tensor:
         """Return the decode step of each row, int64 [N]: position - P, at least 0."""

@@ -11,10 +11,11 @@ from typing import Any
 from trimtab.errors import SiteError, SteeringError, VectorError
 from trimtab.sites import Site, SitePattern, nearest, resolve_sites
 from trimtab.steering import _canonical
+from trimtab.steering._chain import Step
 from trimtab.steering.gains import Constant, Gain, as_gain
 from trimtab.steering.ops import Math, Op
 from trimtab.steering.positions import Positions
-from trimtab.steering.program import Program, SiteProgram, Step
+from trimtab.steering.program import Program, SiteProgram
 
 _OF_HIDDEN_WIDTH = frozenset(
     {"resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "attn_raw", "mlp_raw", "embed", "final_norm"}
@@ -144,6 +145,12 @@ class Steering:
         """Return the same steering with the arithmetic of every op in `math`."""
         return Steering.of([replace(one, op=replace(one.op, math=math)) for one in self.bound])
 
+    def with_model_math(self, dtype: str) -> Steering:
+        """Return the same steering with "model" arithmetic written out as a model's dtype, such as "bfloat16"."""
+        named: Math = dtype  # type: ignore[assignment]
+        fixed = [replace(one, op=replace(one.op, math=named)) if one.op.math == "model" else one for one in self.bound]
+        return Steering.of(fixed)
+
     @property
     def sites(self) -> tuple[str, ...]:
         """The site patterns, each once, in canonical order."""
@@ -190,6 +197,35 @@ class Steering:
         from trimtab.steering import _files
 
         return cls.of(_files.load(path))
+
+    def dumps(self) -> bytes:
+        """Return the bytes of the file that `save` writes.
+
+        Raises:
+            SteeringError: an op is Python code (Edit).
+        """
+        from trimtab.steering import _files
+
+        return _files.dumps(self.bound)
+
+    @classmethod
+    def loads(cls, data: bytes, *, name: str = "these bytes") -> Steering:
+        """Read what `dumps` or `save` made; `name` stands for the bytes in messages.
+
+        Raises:
+            SteeringError: as `load`.
+        """
+        from trimtab.steering import _files
+
+        return cls.of(_files.loads(data, name))
+
+    def identities(self) -> tuple[tuple[str, str, str], ...]:
+        """Return, per op, a digest of op and site, its canonical positions, and its gain as JSON.
+
+        Raises:
+            SteeringError: an op is Python code (Edit).
+        """
+        return tuple(_canonical.identity(one) for one in self.bound)
 
     def resolve(
         self,

@@ -144,7 +144,7 @@ class CapSubspace(Op):
             clamped = (multipliers != 0).any(dim=1, keepdim=True)
             return Raw(combine(multipliers, u), p, moved - p, clamped, violation)
 
-        return Kernel(correct=correct, probe=u)
+        return Kernel(correct=correct, probe=u, rowwise=once)
 
 
 def _hildreth(p: Tensor, columns: list[Tensor], low: list[float], high: list[float], sweeps: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Traces: tensors recorded on disk with their identity, statistics and digest.
 
-`TraceWriter` writes a run, `Trace` reads it; `ls`, `show`, `estimate`,
-`verify`, `repair` and `prune` are the verbs of `trimtab trace`.
+`TraceWriter` writes a run, `Trace` reads it, and the dumps of others too; `ls`, `show`, `estimate`,
+`verify`, `repair`, `prune`, `import_dump` and `export_dump` are the verbs of `trimtab trace`.
 The format is described in `docs/trace-format.md`.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 from trimtab.trace._fields import RecordFields
 from trimtab.trace._format import FORMAT_VERSION, Level
 from trimtab.trace._rows import Rows
+from trimtab.trace.foreign.exporting import ExportResult, export_dump
+from trimtab.trace.foreign.importing import ImportResult, import_dump
 from trimtab.trace.inspect import (
     Estimate,
     Listing,
@@ -28,6 +30,8 @@ __all__ = [
     "CorruptRecord",
     "DoseRow",
     "Estimate",
+    "ExportResult",
+    "ImportResult",
     "Level",
     "Listing",
     "NullWriter",
@@ -44,6 +48,8 @@ __all__ = [
     "VerifyResult",
     "Writer",
     "estimate",
+    "export_dump",
+    "import_dump",
     "ls",
     "prune",
     "repair",

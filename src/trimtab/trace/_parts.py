@@ -23,7 +23,7 @@ from trimtab.trace._format import (
     part_name,
 )
 from trimtab.trace._shard import HEADER_LIMIT, encode_shard
-from trimtab.trace._statistics import UNMEASURED, measure
+from trimtab.trace._statistics import measure
 from trimtab.trace._store import Store
 from trimtab.trace._tensors import Buffers, buffer, digest
 
@@ -63,30 +63,27 @@ class Part:
         self._running: Future[None] | None = None
         self._open = _Content(number)
 
-    def add_record(self, row: tuple[Any, ...], tensor: torch.Tensor | None, known: str | None, cost: int) -> None:
+    def add_record(
+        self, row: tuple[Any, ...], tensor: torch.Tensor | None, known: tuple[Any, ...] | None, cost: int
+    ) -> None:
         """Measure one record and keep it; commits what is held when the limit is reached.
 
         Args:
             row: the identity columns.
-            tensor: a snapshot; None when only `known` is kept.
-            known: the digest, when it was computed already.
+            tensor: a snapshot, whose values are kept; None when only `known` is.
+            known: digest and statistics, when they were computed already.
             cost: bytes that this record was counted with.
         """
         content = self._open
         size = 0
         if tensor is None:
-            content.measured.append((known, *UNMEASURED))
+            assert known is not None
+            content.measured.append(known)
         else:
             size = tensor.nbytes
             name = digest(buffer(tensor), row[_DTYPE], row[_SHAPE])
             content.measured.append((name, *measure(tensor)))
-            if self._level == "values":
-                content.tensors.append(tensor)
-            else:
-                self._buffers.give([tensor])
-                self._release(size)
-                cost -= size
-                size = 0
+            content.tensors.append(tensor)
         content.rows.append(row)
         content.held += cost
         content.header += cost - size

@@ -133,7 +133,7 @@ def ls(path: str | os.PathLike[str], **columns: Any) -> Listing:
         records=int(groups["records"].sum()),
         tokens=chosen.tokens.height,
         doses=chosen.dose.height,
-        bytes=_size(store, trace.ranks),
+        bytes=_size(store, trace.ranks) or (trace.manifest["plan"] or {}).get("bytes", 0),
         configs=chosen.configs(),
         requests=len(chosen.requests()),
         plan=trace.manifest["plan"],

@@ -14,11 +14,12 @@ import torch
 from trimtab._base.log import get_logger
 from trimtab.errors import InputError, TraceCorruptError, TraceError, UnfinishedError
 from trimtab.sites import Site
-from trimtab.trace._format import DOSE, RECORDS, TABLES, TOKENS, nearest_name, read_manifest
+from trimtab.trace._format import DOSE, MANIFEST, RECORDS, TABLES, TOKENS, nearest_name, read_manifest
 from trimtab.trace._rows import Rows, gather
 from trimtab.trace._scan import Problem, scan_run, source
 from trimtab.trace._store import Store, open_store
 from trimtab.trace._values import Values
+from trimtab.trace.foreign import ForeignValues, open_foreign, values_of
 
 _log = get_logger(__name__)
 
@@ -45,14 +46,15 @@ class Trace:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, incomplete_ok: bool = True) -> Self:
-        """Open a run; all ranks are merged lazily.
+        """Open a run; all ranks are merged lazily. Dumps of others are read in place; see `docs/foreign.md`.
 
         Args:
-            path: directory of the run, or an fsspec URL.
+            path: directory of the run, or an fsspec URL; or the directory of a dump of sglang or Miles, or of .pt,
+                .npy or .safetensors files.
             incomplete_ok: False refuses a run that is not whole; True lists in `problems` what is not.
 
         Raises:
-            TraceError: there is no trace.
+            TraceError: there is no trace, or several dumps of others and nothing says how they belong together.
             TraceVersionError: a newer version wrote it.
             TraceCorruptError: committed data is damaged, and `incomplete_ok` is False.
             UnfinishedError: the run ended early or is still being written, and `incomplete_ok` is False.
@@ -216,13 +218,30 @@ class _Run:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self.manifest = read_manifest(store)
-        scan = scan_run(store)
+        self.problems: list[Problem] = []
+        self._parts: dict[str, list[str]] = {table: [] for table in TABLES}
+        foreign = open_foreign(store) if store.size(MANIFEST) is None else None
+        if foreign is None:
+            self._open()
+            return
+        self.manifest = foreign.manifest
+        self.values: Values | ForeignValues = foreign.values
+        self.ranks = foreign.records["rank"].unique().sort().to_list()
+        self.tables = {table: self._table(table) for table in TABLES} | {"records": foreign.records.lazy()}
+        self._note(foreign.problems)
+
+    def _open(self) -> None:
+        self.manifest = read_manifest(self.store)
+        scan = scan_run(self.store)
         self.ranks = scan.ranks
-        self.problems: list[Problem] = scan.problems
+        self.problems += scan.problems
         self._parts = scan.parts
         self.tables = {table: self._table(table) for table in TABLES}
-        self.values = Values(store)
+        self.values = values_of(self.manifest, self.store.root) or Values(self.store)
+        self._note((self.manifest.get("imported") or {}).get("problems", ()))
+
+    def _note(self, foreign: Iterable[str]) -> None:
+        self.problems += [Problem(trouble="missing", rank=0, name="", text=text) for text in foreign]
 
     def collect(self, frame: pl.LazyFrame) -> pl.DataFrame:
         """Collect, naming the damaged part when one cannot be read."""

@@ -17,6 +17,7 @@ from trimtab.trace._fields import RecordFields, make_row
 from trimtab.trace._format import DOSE, RECORD_ID_BASE, TOKENS, Level
 from trimtab.trace._parts import Part
 from trimtab.trace._session import close_session, open_session
+from trimtab.trace._statistics import UNMEASURED, measure
 from trimtab.trace._store import open_store
 from trimtab.trace._tensors import Buffers, buffer, contiguous, digest, dtype_text, plain, snapshot
 from trimtab.trace._worker import Worker
@@ -205,13 +206,14 @@ class TraceWriter:
         if self.kind == "generation":
             _check_rows(name, row["positions"], shape)
         kept = known = None
-        if self.level == "digests":
-            known = digest(buffer(contiguous(bare)), dtype, shape)
-            size = 0
-        else:
-            if self.level == "values":
-                self._reserve(name, size)
+        if self.level == "values":
+            self._reserve(name, size)
             kept = snapshot(bare, self._buffers)
+        else:  # reading the tensor here costs less than the copy that another thread would read
+            still = contiguous(bare)
+            measured = UNMEASURED if self.level == "digests" else measure(still)
+            known = (digest(buffer(still), dtype, shape), *measured)
+            size = 0
         row["dtype"], row["shape"] = dtype, shape
         cost = size + _ROW_BYTES + len(name) + 16 * len(row["positions"] or ())
         with self._numbering:  # records are queued in the order of their numbers

@@ -11,12 +11,12 @@ from trimtab.errors import TrimtabError, UnfinishedError
 
 
 @contextmanager
-def removed_when_refused(path: str | Path, kept: str) -> Iterator[None]:
+def removed_when_refused(path: str | Path, *kept: str) -> Iterator[None]:
     """Remove `path` when the block made it and was refused before it held anything.
 
     Args:
         path: the directory that the block makes.
-        kept: glob of the files that are worth keeping; one of them anywhere below `path` keeps all.
+        kept: globs of the files that are worth keeping; one of them anywhere below `path` keeps all.
     """
     place = Path(path)
     existed = place.exists()
@@ -25,6 +25,6 @@ def removed_when_refused(path: str | Path, kept: str) -> Iterator[None]:
     except UnfinishedError:
         raise
     except TrimtabError:
-        if not existed and not any(place.rglob(kept)):
+        if not existed and not any(any(place.rglob(pattern)) for pattern in kept):
             shutil.rmtree(place, ignore_errors=True)
         raise

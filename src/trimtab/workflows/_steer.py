@@ -7,11 +7,9 @@ from typing import cast
 
 from torch import Tensor
 
-from trimtab import testbed
 from trimtab.backends import ModelInfo
 from trimtab.directions import load_direction
-from trimtab.errors import InputError, SiteError, SteeringError, VectorError
-from trimtab.sites import Site
+from trimtab.errors import InputError, SiteError, SteeringError
 from trimtab.steering import Ablate, Add, Cap, Op, Steering
 from trimtab.workflows.config import Math, Steer
 
@@ -67,13 +65,6 @@ def _from_words(words: Steer, info: ModelInfo) -> Steering:
 
 
 def _vector(words: Steer, info: ModelInfo) -> tuple[Tensor, int | None]:
-    if words.vector.startswith("testbed:"):
-        ready = testbed.direction(words.vector.removeprefix("testbed:"))
-        if len(ready.vector) != info.hidden_size:
-            raise VectorError(
-                f"the vector {words.vector!r} has {len(ready.vector)} components, and this model's hidden size is "
-                f"{info.hidden_size}; it fits the testbed model only"
-            )
-        return ready.vector, words.layer if words.layer is not None else Site.parse(ready.site).layer
-    read = load_direction(words.vector, layer=words.layer, hidden_size=info.hidden_size)
+    ready = words.vector.startswith("testbed:")  # these are tried at other layers than their own, too
+    read = load_direction(words.vector, layer=None if ready else words.layer, hidden_size=info.hidden_size)
     return read.vector, words.layer if words.layer is not None else read.layer

@@ -4,19 +4,22 @@ sweep.json                plan: settings, prompts, configurations, steering dige
 steering.safetensors      the one steering that every configuration uses (absent: unsteered)
 <label>/free/             trace of the free-running pass: tokens with top-k log-probabilities, doses
 <label>/forced/           trace of the pass along the reference's tokens: the same, and resid_post of every layer
-<label>/free/done.json    written when the pass is complete; a pass without it is run again
+<label>/*/progress.json   written after each batch: what is committed; a resumed pass goes on behind it
+<label>/*/done.json       written instead when the pass is complete
+sweep.lock                held by the process that runs the sweep
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from trimtab._base import jsonio
-from trimtab._base.files import atomic_write_text
+from trimtab._base.files import FileLock, atomic_write_text
 from trimtab.backends import Prompt
 from trimtab.errors import ComparisonError, InputError, RecipeError, UnfinishedError
 from trimtab.results import SweepConfigState, SweepRun
@@ -27,6 +30,7 @@ from trimtab.workflows.run import as_prompt
 SWEEP_VERSION = 1  # 1: first version
 Pass = Literal["free", "forced"]
 PASSES: tuple[Pass, ...] = ("free", "forced")
+PROGRESS = "progress.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -42,13 +46,14 @@ class SweepPlan:
     seed: int
     batch_size: int
     sites: str
-    steering: str
+    steering: str = ""
     """In words."""
-    steering_digest: str
+    steering_digest: str = ""
     """Empty: unsteered."""
-    num_layers: int
-    model_digest: str
+    num_layers: int = 0
+    model_digest: str = ""
     allow_unfired: bool = False
+    allow_fallback: bool = False
     device: str | None = None
     engine: dict[str, Any] = field(default_factory=dict)
 
@@ -71,6 +76,19 @@ class SweepPlan:
         return tuple(key for key in mine if mine[key] != theirs[key])
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PassProgress:
+    """What of a pass is committed, and what it took."""
+
+    prompts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def after(self, prompts: int, tokens: int, seconds: float) -> PassProgress:
+        """Return the progress after one more batch."""
+        return PassProgress(prompts=self.prompts + prompts, tokens=self.tokens + tokens, seconds=self.seconds + seconds)
+
+
 @dataclass(frozen=True, slots=True)
 class SweepFiles:
     """One run directory."""
@@ -91,13 +109,57 @@ class SweepFiles:
         marker = self.trace_path(label, which) / "done.json"
         return jsonio.loads(marker.read_text()) if marker.is_file() else None
 
-    def finish(self, label: str, which: Pass, **measured: float) -> None:
-        """Mark a pass as complete."""
-        atomic_write_text(self.trace_path(label, which) / "done.json", jsonio.dumps(measured))
+    def commit(self, label: str, which: Pass, progress: PassProgress) -> None:
+        """Note which files of a pass hold its batches so far; every writer must have been flushed."""
+        path = self.trace_path(label, which)
+        held = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+        text = jsonio.dumps({**asdict(progress), "files": [name for name in held if name != PROGRESS]})
+        atomic_write_text(path / PROGRESS, text)
 
-    def discard(self, label: str, which: Pass) -> None:
-        """Remove what an interrupted pass left."""
-        shutil.rmtree(self.trace_path(label, which), ignore_errors=True)
+    def committed(self, label: str, which: Pass) -> PassProgress:
+        """Remove what an interrupted pass left after its last whole batch, and return what is there.
+
+        The caller holds `lock`.
+        """
+        path = self.trace_path(label, which)
+        try:
+            noted = dict(jsonio.loads((path / PROGRESS).read_text()))
+            kept = {PROGRESS, *noted.pop("files")}
+            progress = PassProgress(**noted)
+        except (OSError, InputError, KeyError, TypeError, ValueError):
+            kept, progress = set(), PassProgress()
+        found = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
+        if not kept or kept - found:
+            shutil.rmtree(path, ignore_errors=True)
+            return PassProgress()
+        for name in found - kept:
+            (path / name).unlink()
+        return progress
+
+    def finish(self, label: str, which: Pass, progress: PassProgress) -> None:
+        """Mark a pass as complete."""
+        path = self.trace_path(label, which)
+        measured = {"tokens": progress.tokens, "seconds": progress.seconds}
+        atomic_write_text(path / "done.json", jsonio.dumps(measured))
+        (path / PROGRESS).unlink(missing_ok=True)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the directory for the process that runs the sweep.
+
+        Raises:
+            TraceLockedError: another process runs it.
+            RecipeError: the directory cannot be written.
+        """
+        lock = FileLock(self.path / "sweep.lock")
+        try:
+            lock.acquire()
+        except PermissionError as error:
+            raise RecipeError(f"{self.path} cannot be written: {error.strerror}; copy the run elsewhere") from error
+        try:
+            yield
+        finally:
+            lock.release()
 
     def trace(self, label: str, which: Pass) -> Trace:
         """Open the trace of a finished pass.

@@ -28,12 +28,14 @@ from trimtab.results import (
 from trimtab.results.analysis import SIGNIFICANT_DRIFT
 from trimtab.workflows import _drift, _sweep_files
 from trimtab.workflows._agreement import Tokens, explain, match
+from trimtab.workflows._arguments import checked
 from trimtab.workflows._drift import Side
 from trimtab.workflows._recommend import recommend
 from trimtab.workflows._sweep_files import PASSES, SweepFiles
 from trimtab.workflows.config import SweepConfig
 
 
+@checked
 def analyze(
     run_a: str | Path,
     run_b: str | Path | None = None,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
@@ -18,7 +18,6 @@ PRESETS = {
     "float32": "hf:float32:float32",
     "float64": "hf:float64:float32",
 }
-DEFAULT_CONFIGS = ("bf16", "bf16_cap_fp32", "float16", "float32")
 
 
 @Parameter(name="*", group="Steering")
@@ -108,3 +107,54 @@ class SweepConfig:
         if rest in PRESETS and not equals and backend != "hf":
             name = f"{backend}_{rest}"
         return cls(label=name, backend=parts[0], dtype=parts[1], op_math=parts[2])
+
+
+@Parameter(name="*", group="Sweep")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepOptions:
+    """What a sweep can be told, as arguments, on the command line and in a YAML file alike; None was not said."""
+
+    model: Annotated[str | None, Parameter(alias="-m")] = None
+    """A directory, a hub id, or "testbed" for the embedded model (default: testbed)."""
+    configs: Annotated[tuple[str, ...] | None, Parameter(name="--config", alias="-c", negative="")] = None
+    """bf16, bf16_cap_fp32, float16, float32, float64, or [LABEL=]BACKEND:DTYPE[:OP_MATH]; repeat for several."""
+    reference: str | None = None
+    """Label of the configuration that the others are compared with (default: float32)."""
+    backend: str | None = None
+    """Backend of the named configurations: hf, vllm, or "hf,vllm" for both (default: hf)."""
+    device: str | None = None
+    """cpu, cuda, cuda:1 or mps. Default: cuda when there is one, else cpu."""
+    max_tokens: int | None = None
+    """Tokens to generate for each prompt (default: 32)."""
+    logprobs: int | None = None
+    """How many most probable tokens are kept at each step (default: 5)."""
+    seed: int | None = None
+    """Seed of everything random (default: 0)."""
+    batch_size: int | None = None
+    """Prompts per batch, the same for every configuration (default: 8)."""
+    allow_unfired: Annotated[bool | None, Parameter(negative="")] = None
+    """An op that selects no row is reported instead of refused."""
+    allow_fallback: Annotated[bool | None, Parameter(negative="")] = None
+    """Steer a model whose family is unknown, at sites found by its structure."""
+    sites: str | None = None
+    """What the forced pass captures; drift is read from resid_post among it (default: layers.*.resid_post)."""
+
+    def given(self) -> dict[str, Any]:
+        """Return the options that were given."""
+        values = ((one.name, getattr(self, one.name)) for one in fields(self))
+        return {name: value for name, value in values if value is not None}
+
+
+SWEEP_DEFAULTS = SweepOptions(
+    model="testbed",
+    configs=("bf16", "bf16_cap_fp32", "float16", "float32"),
+    reference="float32",
+    backend="hf",
+    max_tokens=32,
+    logprobs=5,
+    seed=0,
+    batch_size=8,
+    allow_unfired=False,
+    allow_fallback=False,
+    sites="layers.*.resid_post",
+)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trimtab._base.progress import Progress, progress
-from trimtab.backends import Backend, Capture, Generation, Request, open_backend
+from trimtab.backends import Backend, Capture, Generation, Request
 from trimtab.errors import InputError, SteeringError
 from trimtab.numerics import dtype_name
 from trimtab.results import CapStep, DecodeComparison, DecodeStep
@@ -21,7 +21,9 @@ from trimtab.sites import Site
 from trimtab.steering import Steering
 from trimtab.trace import Trace, TraceWriter
 from trimtab.workflows._agreement import match
+from trimtab.workflows._arguments import checked
 from trimtab.workflows._drift import Side, cap_steps, final_edit, logprob_steps, row_metrics
+from trimtab.workflows._open import open_for
 from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
 from trimtab.workflows.run import as_prompt
 
@@ -45,19 +47,19 @@ class _Ran:
     side: Side
 
 
+@checked
 def debug_decode(
     model: Any,
     prompt: str,
     *,
     steering: SteeringInput,
     compare_precision: str | None = None,
-    compare_dtype: str | None = None,
+    compare_dtype: str | torch.dtype | None = None,
     max_tokens: int = 32,
     logprobs: int = 5,
-    dtype: str = "bfloat16",
+    dtype: str | torch.dtype = "bfloat16",
     backend: str = "hf",
-    device: str | None = None,
-    batch_size: int = 1,
+    device: str | torch.device | None = None,
     allow_fallback: bool = False,
     engine: Mapping[str, Any] | None = None,
 ) -> DecodeComparison:
@@ -76,7 +78,6 @@ def debug_decode(
         dtype: the model's dtype on the side under test; its op arithmetic is the model's.
         backend: "hf", "mock" or "vllm".
         device: where the model runs.
-        batch_size: kept for symmetry with the other calls; there is one prompt.
         allow_fallback: steer a model whose family is unknown.
         engine: settings of the vLLM engine.
 
@@ -87,19 +88,18 @@ def debug_decode(
     Example:
         >>> tt.debug_decode("testbed", "The old keeper", steering=tt.Steer(vector="random:0", layer=2, cap=5.0))
     """
-    dtype, compare_dtype = dtype_name(dtype), None if compare_dtype is None else dtype_name(compare_dtype)
-    tested, reference = _settings(dtype, compare_precision, compare_dtype)
+    other = None if compare_dtype is None else dtype_name(compare_dtype)
+    tested, reference = _settings(dtype_name(dtype), compare_precision, other)
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; at least 1 token must be generated")
     if logprobs < 0:
         raise InputError(f"logprobs is {logprobs}; 0 or a positive number was expected")
     request = Request(id="prompt-0000", prompt=as_prompt(prompt), max_new_tokens=max_tokens, logprobs=max(2, logprobs))
     options = {"device": device, "batch_size": 1, "allow_fallback": allow_fallback, "engine": engine}
-    options = {key: value for key, value in options.items() if value is not None}
     with tempfile.TemporaryDirectory(prefix="trimtab-") as scratch, progress("debug-decode", 4) as bar:
         ran: list[_Ran] = []
         for number, setting in enumerate((reference, tested)):
-            with closing(open_backend(backend, model, dtype=setting.dtype, **options)) as runner:
+            with closing(open_for(backend, model, {"dtype": setting.dtype, **options}, steering=steering)) as runner:
                 spec = with_math(build_steering(steering, runner.info), setting.math)
                 if spec is None:
                     raise SteeringError(

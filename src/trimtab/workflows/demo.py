@@ -7,6 +7,7 @@ from pathlib import Path
 from trimtab import testbed
 from trimtab.results import Analysis
 from trimtab.sites import Site
+from trimtab.workflows._arguments import checked
 from trimtab.workflows.analyze import analyze
 from trimtab.workflows.config import Steer
 from trimtab.workflows.sweep import sweep
@@ -15,6 +16,7 @@ ATTRIBUTE = "animal"
 NUM_PROMPTS, MAX_TOKENS = 12, 48
 
 
+@checked
 def demo(out: str | Path = "runs/demo", *, quick: bool = False) -> Analysis:
     """Cap a direction of the embedded model and ask what precision does to it.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from trimtab._base import optional, provenance
 from trimtab.errors import InputError, PrerequisiteError
 from trimtab.results import DoctorReport, Finding
+from trimtab.workflows._arguments import checked
 
 _EXTRAS = {
     "data": "datasets",
@@ -29,6 +30,7 @@ _EXTRAS = {
 _FOREIGN_TO_CPU = ("torchvision", "torchaudio", "torchcodec")
 
 
+@checked
 def doctor(*, install: str | None = None) -> DoctorReport:
     """Look at the installation and at the machine.
 
@@ -119,6 +121,24 @@ def _vllm() -> Iterator[Finding]:
             yield Finding(
                 name="libnuma1", state="broken", detail="vLLM on CPU needs it", mend="apt-get install libnuma1"
             )
+    yield from _vllm_untested()
+
+
+def _vllm_untested() -> Iterator[Finding]:
+    import torch
+
+    if not torch.cuda.is_available():
+        detail = "no GPU here: device graphs, model runner V2 and NCCL were not run; tensor, pipeline and data parallel"
+        yield Finding(name="vLLM on GPUs", state="untested", detail=f"{detail} run on the CPU in the tests")
+    ray = "Ray's executor runs between two nodes on one machine in the tests"
+    if not optional.available("ray"):
+        ray = f"and Ray is not installed ({optional.install_command('ray')})"
+    yield Finding(name="vLLM over several machines", state="untested", detail=f"one machine here; {ray}")
+    yield Finding(
+        name="vLLM data parallel with experts",
+        state="untested",
+        detail="engines that share the experts of one model run passes in step; only dense models were run",
+    )
 
 
 def _extras() -> Iterator[Finding]:

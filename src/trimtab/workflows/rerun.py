@@ -12,12 +12,14 @@ from trimtab.errors import InputError
 from trimtab.results import GenerationRun, SweepRun
 from trimtab.trace import Trace
 from trimtab.workflows import _sweep_files
+from trimtab.workflows._arguments import checked
 from trimtab.workflows.run import STEERING_FILE, capture, generate
 from trimtab.workflows.sweep import resume_sweep
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {"capture": capture, "generate": generate}
 
 
+@checked
 def rerun(manifest: str | Path, *, out: str | Path | None = None) -> SweepRun | Trace | GenerationRun:
     """Repeat a sweep, a capture or a generation; or finish an interrupted sweep.
 

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
+import torch
 
 from trimtab._base import provenance
-from trimtab._base.progress import progress
-from trimtab.backends import Backend, Capture, Generation, Message, Prompt, Request, Sampling, open_backend
+from trimtab._base.progress import Progress, progress
+from trimtab.backends import Backend, Capture, Generation, Message, Prompt, Request, Sampling
 from trimtab.errors import ComparisonError, InputError
-from trimtab.results import GeneratedText, GenerationRun
+from trimtab.numerics import dtype_name
+from trimtab.results import GeneratedLine, GeneratedText, GenerationRun
 from trimtab.sites import split_patterns
 from trimtab.steering import Positions, Steering
 from trimtab.trace import Trace, TraceWriter
+from trimtab.workflows._arguments import checked
 from trimtab.workflows._fresh import removed_when_refused
+from trimtab.workflows._open import open_for
 from trimtab.workflows._plan import trace_plan
 from trimtab.workflows._steer import SteeringInput, build_steering, describe
 
+OnGenerated = Callable[[GeneratedLine], None]
 PromptInput = str | Sequence[int] | Sequence[Mapping[str, str]] | Sequence[Message]
 MODEL_OPTIONS = ("dtype", "device", "batch_size", "allow_fallback", "engine", "tokenizer")
+_NOT_RECORDED = ("out", "function", "on_generated")
 STEERING_FILE = "steering.safetensors"
 _EDITS: dict[str, tuple[Literal["before", "after"], ...]] = {
     "after": ("after",),
@@ -32,6 +38,7 @@ _EDITS: dict[str, tuple[Literal["before", "after"], ...]] = {
 }
 
 
+@checked
 def generate(
     model: Any = "testbed",
     prompts: str | Sequence[PromptInput] = (),
@@ -44,9 +51,10 @@ def generate(
     logprobs: int = 0,
     allow_unfired: bool = False,
     out: str | Path | None = None,
-    dtype: str = "float32",
+    on_generated: OnGenerated | None = None,
+    dtype: str | torch.dtype = "float32",
     backend: str = "hf",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     batch_size: int = 8,
     allow_fallback: bool = False,
     engine: Mapping[str, Any] | None = None,
@@ -65,6 +73,7 @@ def generate(
         logprobs: log-probabilities of so many most probable tokens are kept in the trace.
         allow_unfired: an op that selects no row is reported instead of refused.
         out: directory for a trace of tokens and doses; None writes none.
+        on_generated: called with each generation as soon as its batch is finished.
         dtype: the model's dtype.
         backend: "hf", "mock" or "vllm".
         device: where the model runs; None takes the best there is.
@@ -85,35 +94,42 @@ def generate(
         >>> tt.generate("testbed", ["The old keeper"], steering=tt.Steer(vector="random:0", layer=2, cap=5.0))
     """
     call = _call("generate", locals())
-    requests = [_request(index, prompt) for index, prompt in enumerate(_listed(prompts))]
+    requests = _requests(call)
     with closing(_open(model, call)) as runner:
         spec = build_steering(steering, runner.info)
-        requests = [
-            _complete(
-                one, spec, max_tokens, temperature=temperature, seed=seed, ignore_eos=ignore_eos, logprobs=logprobs
-            )
-            for one in requests
-        ]
-        made = _run(runner, requests, out, call, capture=None, allow_unfired=allow_unfired, steering=spec)
-        texts = tuple(_text(runner, one) for one in made)
-        return GenerationRun(
-            model=runner.model_id,
-            backend=runner.name,
-            dtype=runner.info.dtype,
-            steering=describe(spec),
-            steering_digest="" if spec is None or not spec.serialisable else spec.digest,
-            texts=texts,
-            trace=None if out is None else str(out),
-        )
+        requests = [replace(one, steering=spec) for one in requests]
+        about: dict[str, Any] = {
+            "model": runner.model_id,
+            "backend": runner.name,
+            "dtype": runner.info.dtype,
+            "steering": describe(spec),
+            "steering_digest": "" if spec is None or not spec.serialisable else spec.digest,
+            "trace": None if out is None else str(out),
+        }
+        texts: list[GeneratedText] = []
+        size = len(requests) if on_generated is None else max(batch_size, 1)
+
+        def finished(made: Sequence[Generation]) -> None:
+            for one in made:
+                texts.append(_text(runner, one))
+                if on_generated is not None:
+                    on_generated(GeneratedLine(prompt_index=one.prompt_index, generated=texts[-1], **about))
+
+        _run(
+            runner, requests, out, call, capture=None, allow_unfired=allow_unfired, steering=spec, size=size,
+            finished=finished,
+        )  # fmt: skip
+        return GenerationRun(texts=tuple(texts), **about)
 
 
+@checked
 def capture(
     model: Any = "testbed",
     prompts: str | Sequence[PromptInput] = (),
     *,
     sites: str | Sequence[str],
     out: str | Path,
-    positions: str | Positions = "all",
+    positions: str | Positions | Sequence[int] = "all",
     edit: Literal["after", "before", "both"] = "after",
     along: Trace | str | Path | None = None,
     steering: SteeringInput = None,
@@ -124,9 +140,9 @@ def capture(
     logprobs: int = 0,
     allow_unfired: bool = False,
     max_bytes: int | None = None,
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     backend: str = "hf",
-    device: str | None = None,
+    device: str | torch.device | None = None,
     batch_size: int = 8,
     allow_fallback: bool = False,
     engine: Mapping[str, Any] | None = None,
@@ -171,31 +187,20 @@ def capture(
     Example:
         >>> ref = tt.capture("testbed", ["The old keeper"], sites="layers.*.resid_post", out="runs/ref")
     """
-    call = _call("capture", locals())
-    requests = [_request(index, prompt) for index, prompt in enumerate(_listed(prompts))]
-    if edit not in _EDITS:
-        raise InputError(f"edit is {edit!r}; use one of {', '.join(_EDITS)}")
+    call = _call("capture", locals()) | {"positions": Positions.parse(positions)}
+    requests = _requests(call)
+    if max_bytes is not None and max_bytes < 1:
+        raise InputError(f"max_bytes is {max_bytes}; a positive number was expected, or None for no limit")
     wanted = Capture(
         sites=tuple(split_patterns(sites)) if isinstance(sites, str) else tuple(sites),
-        positions=positions,
+        positions=call["positions"],
         edit=_EDITS[edit],
     )
     with closing(_open(model, call)) as runner:
         spec = build_steering(steering, runner.info)
-        forced = None if along is None else _forced(along, requests, runner)
-        requests = [
-            _complete(
-                one,
-                spec,
-                max_tokens,
-                temperature=temperature,
-                seed=seed,
-                ignore_eos=ignore_eos,
-                logprobs=logprobs,
-                forced=None if forced is None else forced[one.prompt_index],
-            )
-            for one in requests
-        ]
+        requests = [replace(one, steering=spec) for one in requests]
+        if along is not None:
+            requests = _following(along, requests, runner)
         _run(
             runner,
             requests,
@@ -238,37 +243,27 @@ def _listed(prompts: str | Sequence[PromptInput]) -> list[PromptInput]:
     return listed
 
 
-def _request(index: int, prompt: PromptInput) -> Request:
-    return Request(id=f"prompt-{index:04d}", prompt=as_prompt(prompt), prompt_index=index)
-
-
-def _complete(
-    request: Request,
-    steering: Steering | None,
-    max_tokens: int,
-    *,
-    temperature: float,
-    seed: int,
-    ignore_eos: bool,
-    logprobs: int,
-    forced: tuple[int, ...] | None = None,
-) -> Request:
-    return Request(
-        id=request.id,
-        prompt=request.prompt,
-        prompt_index=request.prompt_index,
-        steering=steering,
-        max_new_tokens=max_tokens if forced is None else len(forced),
-        sampling=Sampling(temperature=temperature, seed=seed + request.prompt_index),
-        forced_tokens=forced,
-        ignore_eos=ignore_eos,
-        logprobs=logprobs,
-    )
+def _requests(call: Mapping[str, Any]) -> list[Request]:
+    """Return the requests of a call, as far as they can be made without the model."""
+    return [
+        Request(
+            id=f"prompt-{index:04d}",
+            prompt=as_prompt(prompt),
+            prompt_index=index,
+            max_new_tokens=call["max_tokens"],
+            sampling=Sampling(temperature=call["temperature"], seed=call["seed"] + index),
+            ignore_eos=call["ignore_eos"],
+            logprobs=call["logprobs"],
+        )
+        for index, prompt in enumerate(_listed(call["prompts"]))
+    ]
 
 
 def _call(function: str, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `rerun` needs to make this call again: the function's name and its arguments."""
-    return {"function": function, **{key: value for key, value in given.items() if key not in ("out", "function")}}
+    made = {"function": function, **{key: value for key, value in given.items() if key not in _NOT_RECORDED}}
+    device = given["device"]
+    return made | {"dtype": dtype_name(given["dtype"]), "device": None if device is None else str(device)}
 
 
 def _recordable(call: Mapping[str, Any], steering: Steering | None) -> dict[str, Any] | None:
@@ -295,8 +290,10 @@ def _plain_prompt(prompt: PromptInput) -> Any:
 
 
 def _open(model: Any, call: Mapping[str, Any]) -> Backend:
-    options = {key: call[key] for key in MODEL_OPTIONS if call[key] is not None}
-    return open_backend(call["backend"], model, **options)
+    sites = call.get("sites") or ()
+    patterns = split_patterns(sites) if isinstance(sites, str) else sites
+    options = {key: call[key] for key in MODEL_OPTIONS}
+    return open_for(call["backend"], model, options, steering=call["steering"], sites=patterns)
 
 
 def _run(
@@ -309,17 +306,24 @@ def _run(
     allow_unfired: bool,
     steering: Steering | None,
     max_bytes: int | None = None,
-) -> list[Generation]:
+    size: int | None = None,
+    finished: Callable[[Sequence[Generation]], None] = lambda made: None,
+) -> None:
+    """Run the requests, `size` at a time, calling `finished` with the results of each part."""
+    step = size or len(requests)
     with progress(f"{runner.model_id} ({runner.info.dtype})", len(requests)) as bar:
-        done = 0
 
-        def finished(count: int, _total: int) -> None:
-            nonlocal done
-            bar.advance(count - done)
-            done = count
+        def go(writer: TraceWriter | None) -> None:
+            for start in range(0, len(requests), step):
+                part = requests[start : start + step]
+                made = runner.generate(
+                    part, capture=capture, writer=writer, allow_unfired=allow_unfired, progress=_advance(bar)
+                )
+                finished(made)
 
         if out is None:
-            return runner.generate(requests, allow_unfired=allow_unfired, progress=finished)
+            go(None)
+            return
         record = provenance.collect(
             **runner.provenance(),
             steering=describe(steering),
@@ -331,16 +335,25 @@ def _run(
             removed_when_refused(out, "part-*" if capture is None else "tensors/part-*"),
             TraceWriter(out, kind="generation", plan=plan, provenance=record, max_bytes=max_bytes) as writer,
         ):
-            made = runner.generate(
-                requests, capture=capture, writer=writer, allow_unfired=allow_unfired, progress=finished
-            )
+            go(writer)
         if steering is not None and steering.serialisable:
             steering.save(Path(out) / STEERING_FILE)
-        return made
 
 
-def _forced(along: Trace | str | Path, requests: Sequence[Request], runner: Backend) -> list[tuple[int, ...]]:
-    """Return the generated tokens of a trace, checking that its prompts are these."""
+def _advance(bar: Progress) -> Callable[[int, int], None]:
+    """Return what a backend calls with the number of its finished requests."""
+    done = 0
+
+    def advance(count: int, _total: int) -> None:
+        nonlocal done
+        bar.advance(count - done)
+        done = count
+
+    return advance
+
+
+def _following(along: Trace | str | Path, requests: Sequence[Request], runner: Backend) -> list[Request]:
+    """Return the requests with the generated tokens of a trace to follow, checking that its prompts are these."""
     trace = along if isinstance(along, Trace) else Trace.open(along)
     found = []
     for request in requests:
@@ -351,7 +364,8 @@ def _forced(along: Trace | str | Path, requests: Sequence[Request], runner: Back
                 f"prompt {request.prompt_index} is not the one that the trace {trace.path} followed; "
                 "give the same prompts in the same order"
             )
-        found.append(tuple(rows.filter(pl.col("generated"))["token_id"].to_list()))
+        tokens = tuple(rows.filter(pl.col("generated"))["token_id"].to_list())
+        found.append(replace(request, forced_tokens=tokens, max_new_tokens=len(tokens)))
     return found
 
 

@@ -6,9 +6,9 @@ import datetime
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, fields
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -17,50 +17,33 @@ from trimtab import testbed
 from trimtab._base import provenance
 from trimtab._base.files import safe_name
 from trimtab._base.progress import Progress, progress
-from trimtab.backends import Backend, Capture, Generation, ModelInfo, Request, Sampling, open_backend
+from trimtab.backends import Backend, Capture, ModelInfo, Request, Sampling
 from trimtab.errors import InputError, RecipeError, UnfinishedError
 from trimtab.results import SweepRun
 from trimtab.sites import split_patterns
 from trimtab.steering import Steering
 from trimtab.trace import TraceWriter
 from trimtab.workflows import _sweep_files
+from trimtab.workflows._arguments import checked
 from trimtab.workflows._fresh import removed_when_refused
+from trimtab.workflows._open import open_for
 from trimtab.workflows._plan import captured_sites, trace_plan
 from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
 from trimtab.workflows._sweep_files import Pass, SweepFiles, SweepPlan
-from trimtab.workflows.config import DEFAULT_CONFIGS, Steer, SweepConfig
+from trimtab.workflows.config import SWEEP_DEFAULTS, Steer, SweepConfig, SweepOptions
 from trimtab.workflows.run import PromptInput, as_prompt
 
 QUICK_PROMPTS, QUICK_TOKENS = 2, 8
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Settings:
-    """The options of `sweep`, with their defaults; a YAML file may hold any of them."""
-
-    model: str = "testbed"
-    prompts: tuple[PromptInput, ...] = ()
-    steering: SteeringInput = None
-    configs: tuple[str, ...] = DEFAULT_CONFIGS
-    reference: str = "float32"
-    backend: str = "hf"
-    device: str | None = None
-    max_tokens: int = 32
-    logprobs: int = 5
-    seed: int = 0
-    batch_size: int = 8
-    allow_unfired: bool = False
-    sites: str = "layers.*.resid_post"
-    engine: Mapping[str, Any] | None = None
-
-
+@checked
 def sweep(
-    model: str | None = None,
+    model: str | Path | None = None,
     prompts: str | Sequence[PromptInput] | None = None,
     *,
     spec: str | Path | None = None,
     steering: SteeringInput = None,
-    configs: Sequence[str] | None = None,
+    configs: str | Sequence[str] | None = None,
     reference: str | None = None,
     backend: str | None = None,
     device: str | None = None,
@@ -69,6 +52,7 @@ def sweep(
     seed: int | None = None,
     batch_size: int | None = None,
     allow_unfired: bool | None = None,
+    allow_fallback: bool | None = None,
     sites: str | None = None,
     engine: Mapping[str, Any] | None = None,
     out: str | Path = "runs",
@@ -95,11 +79,12 @@ def sweep(
         seed: seed of everything random.
         batch_size: prompts per batch, the same for every configuration.
         allow_unfired: an op that selects no row is reported instead of refused.
+        allow_fallback: steer a model whose family is unknown, at sites found by its structure.
         sites: what the forced pass captures; drift is read from the `resid_post` of layers among it.
         engine: settings of the vLLM engine.
         out: directory of all runs.
         run_id: name of this run's directory; None makes one from the time.
-        resume: go on with a run of the same name and settings.
+        resume: go on with a run of the same name and settings, after the last batch that it committed.
         quick: two prompts and 8 tokens.
 
     Returns:
@@ -107,18 +92,19 @@ def sweep(
 
     Raises:
         RecipeError: unknown or impossible settings, or a run of that name with other ones.
-        UnfinishedError: interrupted; what was finished is kept and is not repeated.
+        UnfinishedError: interrupted; the batches that were committed are kept and are not repeated.
+        TraceLockedError: another process runs this sweep.
 
     Example:
         >>> run = tt.sweep("testbed", steering=tt.Steer(vector="random:0", layer=2, cap=5.0), run_id="first")
     """
-    options = {key: value for key, value in locals().items() if key in _SETTINGS and value is not None}
+    options = {key: value for key, value in locals().items() if key in _KINDS and value is not None}
     settings = _settings(spec, options)
     name = safe_name(run_id or datetime.datetime.now().strftime("%Y%m%d-%H%M%S"), "run id")
     plan, given = _plan(settings, quick=quick)
     call = {"function": "sweep", "quick": quick, "run_id": name}
     place = Path(out) / name
-    with removed_when_refused(place, "done.json"):
+    with removed_when_refused(place, "done.json", _sweep_files.PROGRESS):
         files = _sweep_files.create(place, plan, provenance.collect(call=call), resume=resume)
         if given is not None and not files.steering_path.exists():
             given.save(files.steering_path)
@@ -135,7 +121,7 @@ def _finish(files: SweepFiles, given: Steering | None) -> SweepRun:
     """Run what is left, the reference first."""
     plan = files.plan
     try:
-        with progress("sweep", len(plan.configs) * len(_sweep_files.PASSES) * len(plan.prompts)) as bar:
+        with files.lock(), progress("sweep", len(plan.configs) * len(_sweep_files.PASSES) * len(plan.prompts)) as bar:
             for config in sorted(plan.configs, key=lambda config: config.label != plan.reference):
                 _run_config(files, config, given, bar)
     except KeyboardInterrupt as error:
@@ -146,27 +132,26 @@ def _finish(files: SweepFiles, given: Steering | None) -> SweepRun:
     return files.state(f"trimtab analyze {files.path}")
 
 
-_SETTINGS = tuple(one.name for one in fields(_Settings))
-
-
-def _settings(spec: str | Path | None, options: Mapping[str, Any]) -> _Settings:
-    merged = {**(_read_spec(Path(spec)) if spec is not None else {}), **options}
-    for name in ("prompts", "configs"):
-        if name in merged:
-            merged[name] = (merged[name],) if isinstance(merged[name], str) else tuple(merged[name])
-    return _Settings(**merged)
-
-
 _KINDS: dict[str, Any] = {
-    **{name: str for name in ("model", "reference", "backend", "device", "sites")},
-    **{name: int for name in ("max_tokens", "logprobs", "seed", "batch_size")},
+    "model": str,
     "prompts": str | list[str | list[int] | list[dict[str, str]]],
+    **get_type_hints(SweepOptions),
     "configs": str | list[str],
-    "allow_unfired": bool,
-    "engine": dict[str, Any],
     "steering": str | Steer,
+    "engine": dict[str, Any],
 }
-"""What a YAML file may give for each option."""
+"""Every option of a sweep, and what a YAML file may give for it."""
+
+
+def _settings(spec: str | Path | None, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options: arguments win over the file, and both over the defaults."""
+    said = _read_spec(Path(spec)) if spec is not None else {}
+    merged = {**SWEEP_DEFAULTS.given(), **said, **arguments}
+    for name in ("prompts", "configs"):
+        given = merged.get(name, ())
+        merged[name] = (given,) if isinstance(given, str) else tuple(given)
+    merged["model"] = str(merged["model"])
+    return merged
 
 
 def _read_spec(path: Path) -> dict[str, Any]:
@@ -178,9 +163,9 @@ def _read_spec(path: Path) -> dict[str, Any]:
         raise RecipeError(f"sweep file {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, dict):
         raise RecipeError(f"sweep file {path} must be a mapping of options, such as 'model: testbed'")
-    unknown = sorted(set(document) - set(_SETTINGS))
+    unknown = sorted(set(document) - set(_KINDS))
     if unknown:
-        raise RecipeError(f"sweep file {path}: unknown option {unknown[0]!r}; options: {', '.join(_SETTINGS)}")
+        raise RecipeError(f"sweep file {path}: unknown option {unknown[0]!r}; options: {', '.join(_KINDS)}")
     words = document.get("steering")
     if isinstance(words, dict):
         known = [one.name for one in fields(Steer)]
@@ -198,9 +183,45 @@ def _checked(path: Path, name: str, value: Any) -> Any:
         raise RecipeError(f"sweep file {path}: {name} is {value!r:.80}: {first['msg']}") from error
 
 
-def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | None]:
-    names = [name.strip() for name in settings.backend.split(",")]
-    configs = tuple(SweepConfig.parse(text, name) for name in names for text in settings.configs)
+def _plan(settings: Mapping[str, Any], *, quick: bool) -> tuple[SweepPlan, Steering | None]:
+    configs = _configs(settings)
+    prompts = tuple(as_prompt(one) for one in settings["prompts"])
+    if not prompts and settings["model"] == "testbed":
+        prompts = tuple(testbed.prompts(8, seed=settings["seed"]))
+    if not prompts:
+        raise InputError("a sweep needs prompts: give --prompt TEXT or --prompt-file FILE")
+    if settings["max_tokens"] < 1:
+        raise InputError(f"max_tokens is {settings['max_tokens']}; at least 1 token must be generated")
+    if settings["logprobs"] < 0:
+        raise InputError(f"logprobs is {settings['logprobs']}; 0 or a positive number was expected")
+    made = {
+        "prompts": prompts[:QUICK_PROMPTS] if quick else prompts,
+        "configs": configs,
+        "max_tokens": QUICK_TOKENS if quick else settings["max_tokens"],
+        "logprobs": max(2, settings["logprobs"]),
+        "engine": dict(settings.get("engine") or {}),
+    }
+    draft = SweepPlan(**{key: value for key, value in settings.items() if key not in ("backend", "steering")} | made)
+    if draft.engine and all(config.backend != "vllm" for config in draft.configs):
+        raise InputError("engine settings were given and no configuration runs on vllm: add --backend vllm")
+    with closing(_open(draft, draft.config(draft.reference), settings.get("steering"))) as backend:
+        info = backend.info
+        given = build_steering(settings.get("steering"), info)
+        digest = "" if given is None else given.digest
+        _check_sites(backend, given, draft.sites)
+    plan = replace(
+        draft,
+        steering=describe(given),
+        steering_digest=digest,
+        num_layers=info.num_layers,
+        model_digest=info.weights_digest,
+    )
+    return plan, given
+
+
+def _configs(settings: Mapping[str, Any]) -> tuple[SweepConfig, ...]:
+    names = [name.strip() for name in settings["backend"].split(",")]
+    configs = tuple(SweepConfig.parse(text, name) for name in names for text in settings["configs"])
     labels = [config.label for config in configs]
     repeated = {label for label in labels if labels.count(label) > 1}
     if repeated:
@@ -209,45 +230,12 @@ def _plan(settings: _Settings, *, quick: bool) -> tuple[SweepPlan, Steering | No
         )
     for label in labels:
         safe_name(label, "configuration label")
-    reference = settings.reference
-    if reference not in labels:
+    if settings["reference"] not in labels:
         raise RecipeError(
-            f"the reference {reference!r} is not among the configurations {', '.join(labels)}; add it or choose one"
+            f"the reference {settings['reference']!r} is not among the configurations {', '.join(labels)}; "
+            "add it or choose one"
         )
-    prompts = tuple(as_prompt(one) for one in settings.prompts)
-    if not prompts and settings.model == "testbed":
-        prompts = tuple(testbed.prompts(8, seed=settings.seed))
-    if not prompts:
-        raise InputError("a sweep needs prompts: give --prompt TEXT or --prompt-file FILE")
-    if settings.max_tokens < 1:
-        raise InputError(f"max_tokens is {settings.max_tokens}; at least 1 token must be generated")
-    if settings.logprobs < 0:
-        raise InputError(f"logprobs is {settings.logprobs}; 0 or a positive number was expected")
-    first = next(config for config in configs if config.label == reference)
-    with closing(_open(settings.model, first, settings.device, settings.batch_size, settings.engine)) as backend:
-        info = backend.info
-        given = build_steering(settings.steering, info)
-        digest = "" if given is None else given.digest
-        _check_sites(backend, given, settings.sites)
-    plan = SweepPlan(
-        model=settings.model,
-        prompts=prompts[:QUICK_PROMPTS] if quick else prompts,
-        configs=configs,
-        reference=reference,
-        max_tokens=QUICK_TOKENS if quick else settings.max_tokens,
-        logprobs=max(2, settings.logprobs),
-        seed=settings.seed,
-        batch_size=settings.batch_size,
-        sites=settings.sites,
-        steering=describe(given),
-        steering_digest=digest,
-        num_layers=info.num_layers,
-        model_digest=info.weights_digest,
-        allow_unfired=settings.allow_unfired,
-        device=settings.device,
-        engine=dict(settings.engine or {}),
-    )
-    return plan, given
+    return configs
 
 
 def _check_sites(backend: Backend, given: Steering | None, sites: str) -> None:
@@ -259,12 +247,15 @@ def _check_sites(backend: Backend, given: Steering | None, sites: str) -> None:
         raise RecipeError(f"sites is {sites!r}; analyze reads drift from resid_post: add layers.*.resid_post")
 
 
-def _open(
-    model: str, config: SweepConfig, device: str | None, batch_size: int, engine: Mapping[str, Any] | None
-) -> Backend:
-    options = {"device": device, "engine": dict(engine) if engine else None}
-    given = {key: value for key, value in options.items() if value is not None}
-    return open_backend(config.backend, model, dtype=config.dtype, batch_size=batch_size, **given)
+def _open(plan: SweepPlan, config: SweepConfig, steering: SteeringInput) -> Backend:
+    options = {
+        "dtype": config.dtype,
+        "batch_size": plan.batch_size,
+        "device": plan.device,
+        "allow_fallback": plan.allow_fallback or None,
+        "engine": dict(plan.engine) if plan.engine and config.backend == "vllm" else None,
+    }
+    return open_for(config.backend, plan.model, options, steering=steering, sites=split_patterns(plan.sites))
 
 
 def _run_config(files: SweepFiles, config: SweepConfig, given: Steering | None, bar: Progress) -> None:
@@ -274,12 +265,11 @@ def _run_config(files: SweepFiles, config: SweepConfig, given: Steering | None, 
     if not left:
         return
     bar.describe(f"{config.label}: loading")
-    with closing(_open(plan.model, config, plan.device, plan.batch_size, plan.engine)) as backend:
+    with closing(_open(plan, config, given)) as backend:
         _check_model(plan, backend.info, files.path)
         steering = with_math(given, config.op_math)
         for which in left:
             bar.describe(f"{config.label}: {which}")
-            files.discard(config.label, which)
             _run_pass(files, config, backend, steering, which, bar)
 
 
@@ -305,23 +295,23 @@ def _run_pass(
     record = provenance.collect(
         model=plan.model, model_digest=plan.model_digest, config=config.label, dtype=config.dtype
     )
-    began = time.perf_counter()
-    made: list[Generation] = []
+    done = files.committed(config.label, which)
+    bar.advance(done.prompts)
     path = files.trace_path(config.label, which)
     promise = trace_plan(backend, requests, capture, config.label)
-    with TraceWriter(path, kind="generation", plan=promise, provenance=record) as writer:
-        for start in range(0, len(requests), plan.batch_size):
+    with TraceWriter(path, kind="generation", plan=promise, provenance=record, resume=done.prompts > 0) as writer:
+        for start in range(done.prompts, len(requests), plan.batch_size):
             batch = requests[start : start + plan.batch_size]
-            made += backend.generate(
-                batch,
-                capture=capture,
-                writer=writer,
-                config=config.label,
-                allow_unfired=plan.allow_unfired,
+            began = time.perf_counter()
+            made = backend.generate(
+                batch, capture=capture, writer=writer, config=config.label, allow_unfired=plan.allow_unfired
             )
+            writer.flush()
+            seconds = time.perf_counter() - began
+            done = done.after(len(batch), sum(len(one.token_ids) for one in made), seconds)
+            files.commit(config.label, which, done)
             bar.advance(len(batch))
-    seconds = time.perf_counter() - began
-    files.finish(config.label, which, seconds=seconds, tokens=sum(len(one.token_ids) for one in made))
+    files.finish(config.label, which, done)
 
 
 def _reference_tokens(files: SweepFiles) -> list[tuple[int, ...] | None]:

@@ -30,6 +30,7 @@ from trimtab.sites import Site
 from trimtab.steering import SteeringVector
 from trimtab.testbed import assets, exact, grammar, lexicon, scorer
 from trimtab.testbed.recipe import RECIPE, Recipe
+from trimtab.workflows._arguments import checked
 
 FORMAT_VERSION = 1
 """Of training.json. 1: recipe, seed, loss curve, evaluation, directions, steering check, versions."""
@@ -77,6 +78,7 @@ class TestbedBuild:
         return self.loss / self.surprisal - 1
 
 
+@checked
 def build(
     out: str | os.PathLike[str],
     *,

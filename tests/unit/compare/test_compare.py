@@ -172,7 +172,6 @@ def test_small_chunks_change_nothing(dump: Write, generation: Write, monkeypatch
     ]
     whole = [compare(*pair) for pair in pairs]
     monkeypatch.setattr(align_module, "CHUNK_ELEMENTS", 300)
-    monkeypatch.setattr(align_module.Aligned.chunks, "__defaults__", (300,))
     for pair, before in zip(pairs, whole, strict=True):
         after = compare(*pair)
         ours, theirs = before.records[0], after.records[0]
@@ -217,10 +216,23 @@ def test_rules_judge_single_tensors(dump: Write) -> None:
 
 def test_a_rule_that_judges_nothing_is_an_error(dump: Write) -> None:
     run = dump("a", {"mlp": X})
-    with pytest.raises(InputError, match="rule 'mpl': it matches no tensor; tensors are: mlp"):
+    with pytest.raises(InputError, match="rule 'mpl': it matches no tensor; there are mlp"):
         compare(run, run, rules=["mpl: rel_l2 < 1"])
     with pytest.raises(InputError, match="an earlier rule takes all 1"):
         compare(run, run, rules=[".*: rel_l2 < 1", "mlp: rel_l2 < 2"])
+    many = dump("b", {f"layers.{layer}.{point}": X for layer in range(4) for point in ("mlp_out", "attn_out")})
+    with pytest.raises(InputError, match=r"it matches no tensor; nearest of 8: layers\.2\.mlp_out"):
+        compare(many, many, rules=["layers.2.mpl_out: rel_l2 < 1"])
+
+
+def test_a_rule_whose_tensors_are_never_judged_is_said(dump: Write) -> None:
+    ids = torch.arange(5)
+    one, two = dump("a", {"h": X, "ids": ids}), dump("b", {"h": X + 1, "ids": ids + 1})
+    warnings = compare(one, two, rules=["ids: max_abs < 9", "h: max_abs < 9"]).warnings
+    assert [text for text in warnings if "judged nothing" in text] == [
+        "the rule 'ids' judged nothing: what it matches has no pair of floating tensors"
+    ]
+    assert not any("judged nothing" in text for text in compare(one, one, rules=["ids: max_abs < 9"]).warnings)
 
 
 def noisy(scale: float, seed: int) -> torch.Tensor:

@@ -156,3 +156,11 @@ def test_rounding_gets_no_name(
     reference = shape(reference).clamp_min(2.0**-10)  # what float8 can hold, above its subnormals
     u = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8, torch.float8_e5m2: 2.0**-3}[dtype]
     assert find_fingerprints(reference, reference.to(dtype), tolerance=4 * 0.42 * u) == ()
+
+
+def test_a_row_of_nan_does_not_hide_a_permutation() -> None:
+    reference = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    candidate = reference[:, torch.randperm(64, generator=torch.Generator().manual_seed(1))].clone()
+    candidate[3] = float("nan")
+    kinds = [one.kind for one in find_fingerprints(reference, candidate, tolerance=1e-5)]
+    assert kinds[0] == "nan_rows" and "permutation" in kinds

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from trimtab.compare import compare
-from trimtab.compare.ledger import waived_by
+from trimtab.compare.waivers import waived_by
 from trimtab.errors import InputError
 
 Write = Callable[..., Path]
@@ -192,7 +193,36 @@ def test_waivers_are_globs_and_failures_need_their_kind(dump: Write) -> None:
 
 def test_a_waiver_that_excuses_nothing_is_said(dump: Write) -> None:
     run = dump("a", {"h": X})
-    assert any("'nothing*' excused nothing" in text for text in compare(run, run, waive=["nothing*"]).warnings)
+    for waiver in ("h", "missing:h", "h phase=* step=0*", "corrupt"):
+        assert any(f"{waiver!r} excused nothing" in text for text in compare(run, run, waive=[waiver]).warnings)
+
+
+@pytest.mark.parametrize(
+    ("waiver", "said"),
+    [
+        ("layers.0.mpl_out", "'layers.0.mpl_out' names nothing in the two runs; nearest of 4: layers.0.mlp_out"),
+        ("failed:layers.0.mpl_out", "nearest of 4: layers.0.mlp_out"),
+        ("nothing*", "names nothing"),
+        ("inconclusiv:layers.*", "did you mean 'inconclusive:layers.*'"),
+        ("skiped", "did you mean 'skipped'"),
+        ("ids step=9*", "names nothing"),
+    ],
+)
+def test_a_waiver_that_can_excuse_nothing_is_refused_with_the_nearest_names(
+    dump: Write, waiver: str, said: str
+) -> None:
+    run = dump("a", {"layers.0.mlp_out": X, "layers.0.attn_out": X, "ids": X, "loss": X})
+    with pytest.raises(InputError, match=re.escape(said)):
+        compare(run, run, waive=["ids", waiver])
+
+
+def test_what_is_only_expected_can_be_waived(dump: Write, tmp_path: Path) -> None:
+    run = dump("a", {"ids": X})
+    wanted = tmp_path / "expect.json"
+    wanted.write_text('{"names": ["ids", "labels"]}')
+    assert compare(run, run, expect=wanted, waive=["labels"]).passed
+    with pytest.raises(InputError, match="nearest of 2: labels"):
+        compare(run, run, expect=wanted, waive=["lables"])
 
 
 def test_corruption_is_never_waived() -> None:

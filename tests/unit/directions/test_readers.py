@@ -13,8 +13,9 @@ import pytest
 import safetensors.torch
 import torch
 
+from trimtab import testbed
 from trimtab.directions import load_direction, write_gguf
-from trimtab.errors import SteeringError, VectorError
+from trimtab.errors import InputError, SteeringError, VectorError
 from trimtab.steering import Add, Cap, Steering, SteeringVector
 
 WIDTH = 5
@@ -244,3 +245,29 @@ def test_other_kinds_of_file(tmp_path: Path) -> None:
     SteeringVector.of([1.0]).save(tmp_path / "v.safetensors")
     with pytest.raises(SteeringError, match="'trimtab-steering' was expected"):
         Steering.load(tmp_path / "v.safetensors")
+
+
+def test_a_ready_direction_of_the_testbed_says_its_site() -> None:
+    found = load_direction("testbed:person", hidden_size=128)
+    ready = testbed.direction("person")
+    assert torch.equal(found.vector, ready.vector)
+    assert str(found.site) == ready.site
+    with pytest.raises(InputError, match="vegetable"):
+        load_direction("testbed:vegetable")
+    with pytest.raises(VectorError, match=r"testbed:person.*128.*64"):
+        load_direction("testbed:person", hidden_size=64)
+
+
+def test_the_directory_of_an_extraction_gives_its_best_site_or_the_one_that_is_named(tmp_path: Path) -> None:
+    for layer in (0, 2):
+        made = SteeringVector(direction=torch.ones(4), norm=layer + 2.0, site=f"layers.{layer}.resid_post")
+        made.save(tmp_path / f"layers.{layer}.resid_post.safetensors")
+    (tmp_path / "extraction.json").write_text('{"best": "layers.2.resid_post"}')
+    assert load_direction(tmp_path).layer == 2
+    assert load_direction(tmp_path, layer=0).norm == pytest.approx(2.0)
+    assert load_direction(tmp_path, key="layers.0.resid_post").layer == 0
+    with pytest.raises(VectorError, match=r"holds vectors of layers.0.resid_post, layers.2.resid_post; layer 1 was"):
+        load_direction(tmp_path, layer=1)
+    (tmp_path / "extraction.json").unlink()
+    with pytest.raises(VectorError, match="no layer was given"):
+        load_direction(tmp_path)

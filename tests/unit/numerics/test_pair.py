@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -244,3 +245,36 @@ def test_metrics_are_figures_of_the_pass() -> None:
     assert list(metrics.cosine(reference, candidate)) == list(found.row_cosine)
     assert metrics.sqnr(reference, reference) == math.inf
     assert metrics.sqnr(torch.zeros(2), torch.ones(2)) == -math.inf
+
+
+@given(shapes, st.sampled_from(FLOATS + EXACT), st.sampled_from(FLOATS + EXACT), st.integers(0, 9), st.booleans())
+def test_small_tensors_take_a_short_way_to_the_same_figures(
+    shape: tuple[int, ...], left: torch.dtype, right: torch.dtype, seed: int, holes: bool
+) -> None:
+    reference, candidate = make(shape, left, seed), make(shape, right, seed + 10)
+    if holes and left.is_floating_point and left.itemsize > 1 and reference.numel():
+        reference.view(-1)[seed % reference.numel()] = math.nan if seed % 2 else math.inf
+    found = compare_pair(reference, candidate)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pair, "_THREAD_WORTH", 0)
+        general = compare_pair(reference, candidate)
+    for one in dataclasses.fields(found):
+        ours, theirs = getattr(found, one.name), getattr(general, one.name)
+        if isinstance(ours, float | np.ndarray):
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12, atol=1e-15)
+        else:
+            assert ours == theirs, one.name
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.int32])
+def test_sums_of_squares_by_channel_leave_out_what_is_not_finite(dtype: torch.dtype) -> None:
+    values = make((7, 300), dtype, 1)
+    if dtype in FLOATS[:4]:
+        values[2, 5], values[3, 6] = math.nan, -math.inf
+    expected = np.sum(np.nan_to_num(wide(values), posinf=0, neginf=0) ** 2, axis=0)
+    np.testing.assert_allclose(pair.channel_square_sums(values), expected, rtol=1e-13)
+    np.testing.assert_allclose(
+        pair.channel_square_sums(values[::2]),
+        np.nansum(np.where(np.isfinite(wide(values[::2])), wide(values[::2]), 0) ** 2, axis=0),
+        rtol=1e-13,
+    )

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from trimtab.errors import InputError
 from trimtab.numerics import max_ulp, round_to, ulp_distance
-from trimtab.numerics.ulp import INCOMPARABLE
+from trimtab.numerics.ulp import INCOMPARABLE, max_ulp_finite
 
 SMALL = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -107,3 +107,34 @@ def test_what_has_no_steps_is_refused() -> None:
     ):
         with pytest.raises(InputError, match=said):
             ulp_distance(a, b, dtype)
+
+
+SPECIAL = (0.0, -0.0, 1.0, -1.0, 3.4e38, -3.4e38, 1e-45, -1e-45, 6e-8, math.inf, -math.inf, math.nan)
+
+
+@given(st.sampled_from(["float32", "bfloat16", "float16", "float64", "float8_e5m2"]), st.data())
+def test_the_largest_distance_is_the_maximum_of_all(dtype: str, data: st.DataObject) -> None:
+    values = st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), min_size=3, max_size=3)
+    a, b = (torch.tensor(data.draw(values)) for _ in range(2))
+    assert max_ulp(a, b, dtype) == int(ulp_distance(a, b, dtype).max())
+    finite = bool(a.isfinite().all() and b.isfinite().all())
+    assert max_ulp_finite(a, b, dtype) == (max_ulp(a, b, dtype) if finite else None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_distance_is_found_anywhere(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(5, 1001, generator=generator).to(dtype)
+    for row, column in ((0, 0), (2, 500), (4, 1000)):
+        b = a.clone()
+        b[row, column] = -a[row, column]
+        assert max_ulp(a, b, dtype) == int(ulp_distance(a, b, dtype).max()) > 1000
+        assert max_ulp(a.T, b.T, dtype) == max_ulp(a[:, column], b[:, column], dtype) == max_ulp(a, b, dtype)
+
+
+def test_the_widest_distances_do_not_wrap() -> None:
+    for dtype, bits in (("float32", 0x7F800000), ("bfloat16", 0x7F80), ("float16", 0x7C00)):
+        low, high = torch.tensor([-math.inf]), torch.tensor([math.inf])
+        assert max_ulp(low, high, dtype) == max_ulp(high, low, dtype) == 2 * bits
+        assert max_ulp(torch.tensor([math.nan]), torch.tensor([math.nan]), dtype) == 0
+    assert max_ulp_finite(torch.tensor([1e30]), torch.tensor([1e30]), "float16") == 0  # infinite in float16 only

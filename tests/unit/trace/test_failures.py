@@ -358,3 +358,57 @@ def test_a_rebuilt_index_equals_the_one_that_was_lost(tmp_path: Path) -> None:
     assert Trace.open(tmp_path / "run").index.height == 0
     assert repair(tmp_path / "run").records == 5
     assert Trace.open(tmp_path / "run", incomplete_ok=False).index.equals(before)
+
+
+AT_ANY_TIME = """
+import os, random, select, signal, sys, torch
+from trimtab.trace import TraceWriter
+from trimtab.numerics import tensor_statistics
+
+tensor_statistics(torch.ones(2))  # compiled once, not once per child
+source = random.Random(int(sys.argv[2]))
+
+def run(path, told):
+    writer = TraceWriter(path, provenance={})  # most of its time goes into the bytes of shards
+    for step in range(100_000):
+        writer.write("x", torch.full((150_000 + step,), float(step)), step=step)
+        if step % 3 == 2:
+            writer.flush()
+            os.write(told, (step + 1).to_bytes(4, "little"))
+
+for number in range(int(sys.argv[3])):
+    here, told = os.pipe()
+    child = os.fork()  # no thread runs yet
+    if not child:
+        run(f"{sys.argv[1]}/{number}", told)
+    os.close(told)
+    for _ in range(source.randrange(6)):  # so many commits, and then any time within the next ones
+        os.read(here, 4)
+    select.select([], [], [], source.random() * 0.03)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with os.fdopen(here, "rb") as pipe:
+        said = pipe.read()
+    print(int.from_bytes(said[-4:], "little"), flush=True)
+"""
+
+
+@pytest.mark.parametrize("times", [pytest.param(12, id="12"), pytest.param(200, id="200", marks=pytest.mark.full)])
+def test_a_writer_killed_at_any_time_shows_all_that_it_committed_and_nothing_half(times: int, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", AT_ANY_TIME, str(tmp_path), "7", str(times)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for number, line in enumerate(done.stdout.split()):
+        run = tmp_path / str(number)
+        if not (run / "manifest.json").exists():
+            assert line == "0"
+            continue
+        for _ in range(2):  # as it was left, and repaired
+            trace = Trace.open(run)
+            steps = trace.index["step"].to_list()
+            assert steps == list(range(len(steps)))
+            assert len(steps) >= int(line)
+            for step in steps:
+                assert torch.equal(trace.tensor(step), torch.full((150_000 + step,), float(step)))
+            repair(run)
+        assert verify(run).passed

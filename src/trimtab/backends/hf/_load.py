@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,15 +13,15 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from trimtab import testbed
 from trimtab._base.log import get_logger
+from trimtab.backends import _digest
 from trimtab.backends._memory import out_of_memory
-from trimtab.backends.hf import _digest
+from trimtab.backends._place import VOCABULARIES, has_vocabulary, locate
 from trimtab.errors import BackendError, InputError
 from trimtab.numerics.dtypes import dtype_name, resolve_dtype
 
 _LOG = get_logger(__name__)
-_HUB = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Loaded(NamedTuple):
@@ -30,9 +29,12 @@ class Loaded(NamedTuple):
 
     model: nn.Module
     tokenizer: Any
+    """None: prompts are token ids."""
     model_id: str
     digest: str
-    notes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    missing: str = ""
+    """Why there is no tokenizer, where a directory should have one."""
 
 
 def load(
@@ -52,9 +54,15 @@ def load(
     """
     if isinstance(model, nn.Module):
         return _take_module(model, tokenizer, dtype, device, attention)
+    given: object = model
+    if not isinstance(given, (str, Path)):
+        raise InputError(f"model is {given!r:.80}; a directory, a hub id or a torch module was expected")
     name = str(model)
-    place = str(testbed.path()) if name == "testbed" else _locate(name)
+    place = locate(name)
     target = resolve_dtype("float32" if dtype is None else dtype)
+    if target not in _DTYPES:
+        known = ", ".join(dtype_name(one) for one in _DTYPES)
+        raise InputError(f"model {name!r} cannot be run in {dtype_name(target)}; use one of {known}")
     try:
         with out_of_memory(f"loading {name!r} as {dtype_name(target)}", "load it in a smaller dtype"):
             return _from_pretrained(place, name, target, tokenizer, device, attention, revision)
@@ -77,7 +85,7 @@ def _from_pretrained(
         module = _model_class(config).from_pretrained(
             place, dtype=target, attn_implementation=implementation, revision=revision
         )
-    words = tokenizer or transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+    words = tokenizer or _tokenizer(place, revision)
     if target is torch.float64 and hasattr(module, "set_experts_implementation"):
         module.set_experts_implementation("eager")  # grouped_mm refuses float64
     module.to(device or default_device())
@@ -85,7 +93,24 @@ def _from_pretrained(
     check_module(module)
     folder = Path(place)
     digest = _digest.of_directory(folder) if folder.is_dir() else ""
-    return Loaded(module, words, name, digest or _digest.of_module(module), notes)
+    missing = "" if words is not None else f"{name} has none of {', '.join(VOCABULARIES)}; copy its tokenizer there"
+    return Loaded(module, words, name, digest or _digest.of_module(module), notes, missing)
+
+
+def _tokenizer(place: str, revision: str | None) -> Any:
+    """Return the tokenizer saved with a model, or None where only the weights were saved.
+
+    Without files transformers either fails or makes a tokenizer that knows no word.
+    """
+    folder = Path(place)
+    bare = folder.is_dir() and not has_vocabulary(folder)
+    try:
+        words = transformers.AutoTokenizer.from_pretrained(place, revision=revision)
+    except (OSError, ValueError, TypeError, AttributeError, ImportError):
+        if bare:
+            return None
+        raise
+    return words if len(words) > len(set(words.all_special_ids)) else None
 
 
 @contextmanager
@@ -168,23 +193,7 @@ def _take_module(
             f"model.set_attn_implementation({attention!r}) first"
         )
     model_id = getattr(model.config, "_name_or_path", "") or type(model).__name__
-    return Loaded(model, tokenizer, model_id, _digest.of_module(model), ())
-
-
-def _locate(name: str) -> str:
-    path = Path(name).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"model {name!r} is a directory without a config.json; a saved model was expected")
-        return str(path)
-    if path.exists():
-        raise InputError(f"model {name!r} is a file; the directory of a saved model was expected")
-    if not _HUB.fullmatch(name) or name.startswith("."):
-        raise InputError(
-            f"model {name!r}: no such directory; give the directory of a saved model, a hub id such as "
-            "Qwen/Qwen3-0.6B, or testbed"
-        )
-    return name
+    return Loaded(model, tokenizer, model_id, _digest.of_module(model))
 
 
 def _model_class(config: Any) -> Any:

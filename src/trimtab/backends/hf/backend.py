@@ -85,6 +85,7 @@ class HFBackend:
                 raise InputError(f"{what} is {value}; at least 1 was expected")
         loaded = load(model, tokenizer=tokenizer, dtype=dtype, device=device, attention=attention, revision=revision)
         self.model, self.tokenizer, self.model_id = loaded.model, loaded.tokenizer, loaded.model_id
+        self._missing = loaded.missing
         self.map = describe(self.model, allow_fallback=allow_fallback)
         self._batch_size, self._chunk, self._dose = batch_size, prefill_chunk, dose
         self._template_options = dict(template_options or {})
@@ -114,13 +115,14 @@ class HFBackend:
             notes=loaded.notes + self.map.notes,
         )
         self.checks: dict[str, float | bool] = {}
+        found: tuple[str, ...] = ()
         with self._running():
             doubts = check_model(self.model)
             if verify:
-                self.checks = probe(self.model, self.map, where)
+                self.checks, found = probe(self.model, self.map, where)
         for doubt in doubts:
             warnings.warn(doubt, UserWarning, stacklevel=3)
-        self.info = replace(self.info, notes=self.info.notes + doubts)
+        self.info = replace(self.info, notes=self.info.notes + doubts + found)
 
     def sites(self) -> tuple[Site, ...]:
         """Return the sites that can be captured and steered, in the order of a forward pass."""
@@ -131,8 +133,15 @@ class HFBackend:
 
         Raises:
             InputError: no tokens, ids outside the vocabulary, or messages that the chat template refuses.
+            PrerequisiteError: text, and the model has no tokenizer.
         """
-        return encode(self.tokenizer, prompt, self.info.vocab_size, template_options=self._template_options)
+        return encode(
+            self.tokenizer,
+            prompt,
+            self.info.vocab_size,
+            template_options=self._template_options,
+            missing=self._missing,
+        )
 
     def generate(
         self,

@@ -1,0 +1,470 @@
+"""The client of a steered engine: steerings registered by content, requests made, doses and rows brought home."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import safetensors.torch
+from torch import Tensor
+
+from trimtab import errors
+from trimtab.backends.vllm import wire
+from trimtab.backends.vllm.answers import DOCUMENT
+from trimtab.backends.vllm.config import KEY, REMEDY, asked
+from trimtab.backends.vllm.liveness import end_waits_when_dead
+from trimtab.backends.vllm.plugin import RPC
+from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind
+from trimtab.backends.vllm.wire import CaptureSpec, Dose, RequestData
+from trimtab.errors import BackendError, InputError, SteeringError
+from trimtab.sites import Site
+from trimtab.steering import Positions, Steering
+
+MAX_REGISTERED = 1024
+"""Steerings that the client keeps registered at once."""
+_FRESH = frozenset({"generated", "response", "last_prompt"})
+"""Selections whose rows are computed whatever the prefix cache holds."""
+
+
+class OpReport(NamedTuple):
+    """What one op did in one request."""
+
+    site: str
+    op: str
+    rows: int
+    """Rows that it changed, counted where it ran."""
+    clamped: int | None
+    """Rows where a bound was active; None where that is not counted."""
+    nonfinite: int
+    """Rows that it made non-finite, clamped to the largest finite value."""
+    selected: int | None
+    """Rows that its positions select among those computed; None where tokens decide."""
+
+
+@dataclass(frozen=True, slots=True)
+class CapturedRows:
+    """Rows of one site: [n, width], and their absolute positions."""
+
+    site: Site
+    edit: str
+    rows: Tensor
+    positions: tuple[int, ...]
+    module_path: str | None
+    pp_rank: int
+    reduce: Kind = ""
+    """What `rows` holds: the rows at `positions`, or a reduction of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What came back of one request, or of one child of a request with n > 1."""
+
+    label: str
+    request_id: str
+    """The engine's own id."""
+    digest: str | None
+    """Digest of the steering that acted; None for an unsteered request."""
+    prompt_length: int
+    rows: int
+    """Rows known to the engine: computed, or taken from the prefix cache."""
+    cached: int
+    """Rows of the prompt that came from the prefix cache."""
+    problems: tuple[str, ...] = ()
+    """Why ops did not act where they should have; empty when all is well."""
+    ops: tuple[OpReport, ...] = ()
+    captured: tuple[CapturedRows, ...] = ()
+    full: Mapping[tuple[str, int], tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    """(site, op number) -> positions and [m, 5]: p_before, p_after, cap_delta, clamped, ratio."""
+
+
+@dataclass(frozen=True, slots=True)
+class Info:
+    """What a steered engine says of itself."""
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    widths: Mapping[Site, int]
+    steered: tuple[Site, ...]
+    recorded: tuple[Site, ...]
+    max_steering: int
+    max_payload_bytes: int
+    buffer_bytes: int
+    graphs: bool
+    """Whether passes are replayed from device graphs, in which only the banks act: nothing can be recorded there."""
+
+
+class Client:
+    """The client side of a steered engine; see `attach`."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+        self._registered: OrderedDict[str, tuple[tuple[str, str, str], ...]] = OrderedDict()  # -> identities
+        self._leaving: set[str] = set()
+        self._captures: dict[tuple[Any, ...], CaptureSpec] = {}
+        self._projected: OrderedDict[str, None] = OrderedDict()
+        self._home: dict[str, list[Report]] = {}
+        """Reports that came with a call of `collect` that failed for other requests."""
+        answers = self._ask("hello")
+        first = answers[0]
+        reached = Counter(one["engine"] for one in answers)
+        for one in answers:
+            if reached[one["engine"]] != one["workers"]:
+                raise BackendError(
+                    f"{reached[one['engine']]} of the {one['workers']} workers of this engine answer this process, and "
+                    "rows and doses would be incomplete; start it with distributed_executor_backend 'mp' or 'ray'"
+                )
+        self.info = Info(
+            family=first["family"],
+            num_layers=first["num_layers"],
+            hidden_size=first["hidden_size"],
+            widths={Site.parse(site): width for site, width in first["sites"]},
+            steered=tuple(Site.parse(site) for site in first["steered"]),
+            recorded=tuple(Site.parse(site) for site in first["recorded"]),
+            max_steering=first["max_steering"],
+            max_payload_bytes=first["max_payload_bytes"],
+            buffer_bytes=sum(one["buffer_bytes"] for one in answers),
+            graphs=any(one["graphs"] for one in answers),
+        )
+
+    def register(self, steering: Steering) -> str:
+        """Have every worker know a steering, and return its digest; equal content is sent once.
+
+        Raises:
+            SteeringError: an op that cannot be sent (Edit), a steering over the size limit, or one that does not fit
+                the sizes the engine was started with.
+            SiteError, VectorError: it does not fit the model, or the engine does not steer there.
+        """
+        digest = steering.digest
+        if digest in self._registered:
+            self._registered.move_to_end(digest)
+            return digest
+        payload = steering.dumps()
+        if len(payload) > self.info.max_payload_bytes:
+            raise SteeringError(
+                f"the steering takes {len(payload)} bytes and the engine takes {self.info.max_payload_bytes}; raise "
+                "max_payload_bytes where the engine is started"
+            )
+        self._ask("register", payload)
+        self._registered[digest] = steering.identities()
+        self._leaving.discard(digest)
+        self._trim()
+        return digest
+
+    def _trim(self) -> None:
+        for digest in list(self._registered)[: max(len(self._registered) - MAX_REGISTERED, 0)]:
+            del self._registered[digest]
+            self._leaving.add(digest)
+        for digest in list(self._leaving):
+            try:
+                self._ask("forget", wire.to_bytes({"digests": [digest]}))
+            except BackendError:
+                continue  # in use: it goes when it is idle. Other engines may have let go of it already
+            self._leaving.discard(digest)
+
+    def extra_args(
+        self,
+        steering: Steering | None = None,
+        *,
+        sites: Sequence[str] = (),
+        edit: Sequence[str] = ("after",),
+        positions: str | Positions = "all",
+        prompt_logits: bool = False,
+        reduce: Literal["", "mean", "statistics"] | Tensor = "",
+        forced: Sequence[int] | None = None,
+        dose: Dose = "counts",
+    ) -> dict[str, Any]:
+        """Return `SamplingParams.extra_args` for one request; make a new one for each.
+
+        Args:
+            steering: what acts on its rows.
+            sites: site patterns to record.
+            edit: "before", "after" or both: the state before the ops of a site, or after them.
+            positions: rows to record.
+            prompt_logits: whether the site `logits` also has the rows of the prompt before its last token.
+            reduce: what comes home instead of the rows: "mean" [1, width]; "statistics" [3, width], per channel the
+                mean, the population deviation and the largest magnitude; or directions [k, width], and the rows'
+                projections [n, k] do. Sums are float64, results float32.
+            forced: token ids to decode along, whatever the model prefers; give max_tokens=len(forced) and
+                ignore_eos=True.
+            dose: "full" measures every op at every row.
+
+        Raises:
+            as `register`; SiteError for a site that the engine does not record.
+        """
+        capture = None
+        if sites:
+            kind, directions = self._reduction(reduce, sites)
+            capture = self._capture(tuple(map(str, sites)), tuple(edit), positions, prompt_logits, kind, directions)
+        if self.info.graphs and (capture is not None or dose == "full"):
+            raise BackendError(
+                "rows and full doses cannot be read out of device graphs; start the engine with enforce_eager=True"
+            )
+        digest = None if steering is None else self.register(steering)
+        label = uuid.uuid4().hex
+        fresh = dose == "full" or (capture is not None and capture.positions not in _FRESH)
+        data = RequestData(
+            label=label,
+            digest=digest,
+            ops=() if digest is None else self._registered[digest],
+            capture=capture,
+            forced=None if forced is None else tuple(int(one) for one in forced),
+            dose=dose,
+            salt=label if fresh else None,
+        )
+        return {KEY: data.to_wire()}
+
+    def _capture(
+        self,
+        sites: tuple[str, ...],
+        edit: tuple[str, ...],
+        positions: str | Positions,
+        prompt_logits: bool,
+        reduce: Kind,
+        directions: str,
+    ) -> CaptureSpec:
+        key = (sites, edit, positions, prompt_logits, reduce, directions)
+        found = self._captures.get(key)
+        if found is None:
+            if len(self._captures) >= MAX_REGISTERED:
+                self._captures.clear()
+            found = self._captures[key] = CaptureSpec(
+                sites=tuple(map(str, self.recorded(sites))),
+                edit=edit,
+                positions=Positions.parse(positions).canonical(),
+                prompt_logits=prompt_logits,
+                reduce=reduce,
+                directions=directions,
+            )
+        return found
+
+    def _reduction(self, reduce: str | Tensor, sites: Sequence[str]) -> tuple[Kind, str]:
+        if isinstance(reduce, str):
+            if reduce not in ("", "mean", "statistics"):
+                raise InputError(f"reduce={reduce!r}: 'mean', 'statistics' or directions [k, width] were expected")
+            return reduce, ""  # type: ignore[return-value]
+        for site in self.recorded(sites):
+            if reduce.ndim != 2 or reduce.shape[1] != self.info.widths[site]:
+                raise errors.VectorError(
+                    f"directions {[*reduce.shape]} cannot be projected on at {site}, whose states have width "
+                    f"{self.info.widths[site]}; [k, {self.info.widths[site]}] was expected"
+                )
+        directions = reduce.detach().float().contiguous().cpu()
+        digest = hashlib.blake2b(directions.numpy().tobytes(), digest_size=32).hexdigest()
+        if digest not in self._projected:
+            self._ask("directions", safetensors.torch.save({digest: directions}))
+            self._projected[digest] = None
+            while len(self._projected) > MAX_DIRECTIONS // 2:  # so that the workers still hold what is asked for
+                self._projected.popitem(last=False)
+        return "projection", digest
+
+    def params(self, steering: Steering | None = None, **settings: Any) -> Any:
+        """Return vLLM's `SamplingParams` for one request: settings of `extra_args`, and those of SamplingParams."""
+        from vllm import SamplingParams
+
+        ours = {
+            name: settings.pop(name)
+            for name in ("sites", "edit", "positions", "prompt_logits", "reduce", "forced", "dose")
+            if name in settings
+        }
+        if ours.get("forced") is not None:
+            settings |= {"max_tokens": len(ours["forced"]), "ignore_eos": True}
+        extra = {**(settings.pop("extra_args", None) or {}), **self.extra_args(steering, **ours)}
+        return SamplingParams(extra_args=extra, **settings)
+
+    def recorded(self, patterns: Sequence[str]) -> tuple[Site, ...]:
+        """Return the sites of patterns, all of which the engine can record.
+
+        Raises:
+            SiteError: one that it cannot; names the setting.
+        """
+        from trimtab.backends.vllm.state import resolve
+
+        found = resolve(patterns, tuple(self.info.widths), self.info.num_layers)
+        missing = [site for site in found if site not in self.info.recorded]
+        if missing:
+            raise errors.SiteError(
+                f"this engine does not record {missing[0]}; add it to the sites or capture_sites it is started with"
+            )
+        return found
+
+    def collect(self, params: Iterable[Any]) -> list[list[Report]]:
+        """Bring home what finished requests left: one list per request, one report per child of n > 1.
+
+        Args:
+            params: the `SamplingParams` (or extra_args) that the requests were made with.
+
+        Raises:
+            BackendError: a request that no engine saw, or that was collected before. What came home of the others is
+                kept for the next call.
+        """
+        labels = [self.label(one) for one in params]
+        answers = self._files("collect", wire.to_bytes({"labels": [one for one in labels if one not in self._home]}))
+        ranks = Counter(document["engine"] for document, _ in answers)
+        merged: dict[tuple[str, str], _Merge] = {}
+        for document, tensors in answers:
+            for result in document["results"]:
+                merge = merged.setdefault((result["label"], result["req"]), _Merge(result))
+                merge.add(result, document, tensors, self.info.widths)
+        partial = {label for (label, _), merge in merged.items() if merge.lacks(ranks)}
+        for (label, _), merge in sorted(merged.items()):
+            if label not in partial:
+                self._home.setdefault(label, []).append(merge.report())
+        missing = [label for label in labels if label not in self._home]
+        if missing:
+            dropped = sum(document["dropped"] for document, _ in answers)
+            why = f"{dropped} results were dropped uncollected" if dropped else "no request had it"
+            where = "in some workers of its engine" if missing[0] in partial else "in any engine"
+            raise BackendError(f"{missing[0]!r} is not kept {where}: {why}")
+        found = {label: self._home.pop(label) for label in dict.fromkeys(labels)}
+        return [found[label] for label in labels]
+
+    def discard(self, params: Iterable[Any]) -> None:
+        """Let go of what finished requests left."""
+        self._ask("discard", wire.to_bytes({"labels": [self.label(one) for one in params]}))
+
+    def stats(self) -> list[dict[str, Any]]:
+        """Return what each worker holds, in numbers."""
+        return self._ask("stats")
+
+    @staticmethod
+    def label(params: Any) -> str:
+        """Return the name under which a request is kept.
+
+        Raises:
+            InputError: it was not made by this client.
+        """
+        extra = params if isinstance(params, Mapping) else (params.extra_args or {})
+        data = RequestData.of(extra)
+        if data is None:
+            raise InputError("the request carries no trimtab entry; make it with params(...) of the attached client")
+        return data.label
+
+    def _raw(self, verb: str, payload: bytes) -> list[bytes]:
+        try:
+            return [bytes(one) for one in self._engine.collective_rpc(RPC, args=(verb, payload))]
+        except Exception as error:
+            if isinstance(error, errors.TrimtabError):
+                raise
+            raise BackendError(f"the engine did not answer {verb}: {error}; start it again") from error
+
+    def _ask(self, verb: str, payload: bytes = b"") -> list[dict[str, Any]]:
+        answers: list[dict[str, Any]] = [wire.from_bytes(one) for one in self._raw(verb, payload)]
+        for one in answers:
+            _raise(one)
+        return answers
+
+    def _files(self, verb: str, payload: bytes) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        found = []
+        for data in self._raw(verb, payload):
+            if data[:1] == b"{":
+                _raise(wire.from_bytes(data))
+            size = int.from_bytes(data[:8], "little")
+            document = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][DOCUMENT])
+            document["positions"] = [tuple(one) for one in document["positions"]]
+            found.append((document, safetensors.torch.load(data)))
+        return found
+
+
+class _Merge:
+    """One request as all workers saw it."""
+
+    def __init__(self, result: dict[str, Any]) -> None:
+        self._first = result
+        self._ranks: Counter[int] = Counter()
+        self._problems: dict[str, None] = {}
+        self._ops: dict[tuple[str, str], OpReport] = {}
+        self._captured: dict[tuple[str, str], CapturedRows] = {}
+        self._full: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
+
+    def add(
+        self, result: dict[str, Any], document: dict[str, Any], tensors: dict[str, Tensor], widths: Mapping[Site, int]
+    ) -> None:
+        """Take what one worker holds; replicated ranks agree, and the first one is kept."""
+        self._problems |= dict.fromkeys(result["problems"])
+        self._ranks[document["engine"]] += 1
+        names = document["ops"]
+        for number, rows, clamped, nonfinite, selected in result["doses"]:
+            site, op = names[number]
+            if (site, op) not in self._ops:
+                self._ops[site, op] = OpReport(site, op, rows, clamped, nonfinite, selected)
+        for one in result["full"]:
+            where = document["positions"][one["positions"]]
+            for (site_text, number), values in zip(one["ops"], tensors[one["key"]].unbind(), strict=True):
+                self._full.setdefault((site_text, number), (where, values))
+        for one in result["captured"]:
+            site, rows = Site.parse(one["site"]), tensors[one["key"]]
+            key = (one["site"], one["edit"])
+            if one["offset"] is not None:
+                added = result["reduce"] == "projection"  # a projection is the sum of those of the parts
+                rows = self._assemble(
+                    key, rows, 0 if added else one["offset"], rows.shape[1] if added else widths[site]
+                )
+            place = CapturedRows(
+                site,
+                one["edit"],
+                rows,
+                document["positions"][one["positions"]],
+                one["module"],
+                document["pp_rank"],
+                result["reduce"],
+            )
+            if one["offset"] is not None or key not in self._captured:
+                self._captured[key] = place
+
+    def lacks(self, ranks: Mapping[int, int]) -> bool:
+        """Whether some workers of an engine have nothing of a request that others of it have."""
+        return any(ranks[engine] != count for engine, count in self._ranks.items())
+
+    def _assemble(self, key: tuple[str, str], rows: Tensor, offset: int, width: int) -> Tensor:
+        """Put the columns of one tensor-parallel rank into the whole."""
+        known = self._captured.get(key)
+        whole = rows.new_zeros(rows.shape[0], width) if known is None else known.rows
+        whole[:, offset : offset + rows.shape[1]] += rows
+        return whole
+
+    def report(self) -> Report:
+        """Return the request as one."""
+        first = self._first
+        return Report(
+            first["label"],
+            first["req"],
+            first["digest"],
+            first["prompt_length"],
+            first["rows"],
+            first["cached"],
+            tuple(self._problems),
+            tuple(self._ops.values()),
+            tuple(self._captured.values()),
+            self._full,
+        )
+
+
+def attach(llm: Any) -> Client:
+    """Bind to an engine that was started with steering.
+
+    Args:
+        llm: a `vllm.LLM` or an `LLMEngine`.
+
+    Raises:
+        BackendError: the engine was started without it; the message says how to start it.
+    """
+    engine = getattr(llm, "llm_engine", llm)
+    config = getattr(engine, "vllm_config", None)
+    if config is None:
+        raise InputError(f"attach takes a vllm.LLM or its engine; got a {type(llm).__name__}")
+    if asked(config) is None:
+        raise BackendError(f"this engine was started without steering; {REMEDY}")
+    end_waits_when_dead(engine)
+    return Client(llm if hasattr(llm, "collective_rpc") else engine)
+
+
+def _raise(answer: dict[str, Any]) -> None:
+    if "error" in answer:
+        kind = getattr(errors, answer["error"], BackendError)
+        raise kind(answer["message"])

@@ -1,0 +1,78 @@
+"""The plugin inside an engine core: cache keys, admission, and a watch over what its workers know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trimtab.backends.vllm import admission, cache_keys, wire
+from trimtab.backends.vllm.config import KEY, PluginConfig
+from trimtab.errors import BackendError
+
+_RPC = "trimtab"
+_BY_TOKENS = ("LMCache", "HF3FS", "ExampleConnector")
+"""KV connectors that name blocks by their tokens alone, and would hand steered blocks to other requests."""
+
+
+def install(core: Any, config: PluginConfig) -> None:
+    """Have an engine core key its cache by steering, admit no more steerings than slots, and refuse unknown ones."""
+    _refuse(core.vllm_config)
+    cache_keys.install()
+    known: set[str] = set()
+    gate = admission.Admission(config.max_steering, config.when_full, known)
+    admission.install(core.scheduler, gate)
+    _watch(core, gate, known)
+
+
+def _refuse(vllm_config: Any) -> None:
+    transfer = vllm_config.kv_transfer_config
+    name = str(getattr(transfer, "kv_connector", "") or "")
+    if any(one.lower() in name.lower() for one in _BY_TOKENS):
+        raise BackendError(
+            f"the KV connector {name} names blocks by their tokens and would mix steered with unsteered ones; start "
+            "the engine without it, or without steering"
+        )
+
+
+def _watch(core: Any, gate: admission.Admission, known: set[str]) -> None:
+    """Follow which steerings the workers know; one that a queued or running request names is not forgotten."""
+    rpc = core.collective_rpc
+
+    def collective_rpc(method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
+        verb = args[0] if method == _RPC and args else None
+        if verb == "collect":
+            early = _unfinished(core, wire.from_bytes(args[1])["labels"])
+            if early:
+                text = f"request {early} is still running; collect what it leaves when it has finished"
+                return [wire.to_bytes({"error": "BackendError", "message": text})]
+        digests = wire.from_bytes(args[1])["digests"] if verb == "forget" else []
+        for digest in digests:
+            if gate.users(digest):
+                text = f"steering {digest[:16]} is named by {gate.users(digest)} unfinished requests"
+                return [wire.to_bytes({"error": "BackendError", "message": text})]
+        answers = rpc(method, timeout, args, kwargs)
+        if verb == "register":
+            said = [wire.from_bytes(one) for one in answers]
+            digests = [one["digest"] for one in said if "digest" in one]
+            if len(digests) == len(said):
+                known.update(digests)
+            elif digests and digests[0] not in known:  # it fits some pipeline stages, and others refuse it
+                rpc(method, timeout, ("forget", wire.to_bytes({"digests": digests[:1]})))
+        if verb == "forget" and not any("error" in wire.from_bytes(one) for one in answers):
+            known.difference_update(digests)
+        if verb == "stats":
+            counts = gate.counts()._asdict()
+            answers = [wire.to_bytes(wire.from_bytes(one) | {"admission": counts}) for one in answers]
+        return answers
+
+    core.collective_rpc = collective_rpc
+
+
+def _unfinished(core: Any, labels: list[str]) -> str:
+    """Return the engine's id of a request that has one of the labels and runs still; "" when there is none."""
+    wanted = set(labels)
+    for request in core.scheduler.requests.values():
+        params = request.sampling_params
+        ours = (params.extra_args or {}).get(KEY) if params is not None else None
+        if isinstance(ours, dict) and ours.get("id") in wanted:
+            return str(request.request_id)
+    return ""

@@ -1,0 +1,596 @@
+// Applies the steering programs of a site to the rows of a step, in place: each row has the program of its binding.
+//
+// Every number is a float that holds a value rounded to the dtype the rounding law names (trimtab/steering/_arithmetic.py):
+// one float operation on 16-bit values, rounded once, is the correctly rounded 16-bit operation. A dot is a sum of float
+// products by halves (t[i] += t[i + h]): one fixed order per width, whatever the number of rows and threads, and the same
+// order as in _form.py, so that both agree to the bit. Compile without contraction of multiplications and additions.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace {
+
+inline uint32_t bits(float v) { uint32_t u; std::memcpy(&u, &v, 4); return u; }
+inline float real(uint32_t u) { float v; std::memcpy(&v, &u, 4); return v; }
+constexpr uint32_t SIGN = 0x80000000u, INF = 0x7f800000u, NAN_BITS = 0x7fc00000u;
+
+// A dtype T: load gives the value of stored bits, round the nearest value of T, store the bits of a value of T.
+struct F32 {
+  using type = float;
+  static constexpr float max = 0x1.fffffep127f, below_max = 0x1.fffffcp127f;
+  static constexpr uint32_t over = INF;  // bits of the smallest number that rounds to infinity
+  static float round(float v) { return v; }
+  static float quick(float v) { return v; }
+  static float load(float v) { return v; }
+  static float store(float v) { return v; }
+};
+
+struct BF16 {
+  using type = uint16_t;
+  static constexpr float max = 0x1.fep127f, below_max = 0x1.fcp127f;
+  static constexpr uint32_t over = 0x7f7f8000u;
+  static float round(float v) {
+    const uint32_t u = bits(v);
+    return (u & ~SIGN) > INF ? real((u & SIGN) | NAN_BITS) : quick(v);
+  }
+  static float quick(float v) {  // of numbers only
+    const uint32_t u = bits(v);
+    return real((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
+  }
+  static float load(uint16_t v) { return real(uint32_t(v) << 16); }
+  static uint16_t store(float v) { return uint16_t(bits(v) >> 16); }
+};
+
+struct F16 {
+  using type = uint16_t;
+  static constexpr float max = 0x1.ffcp15f, below_max = 0x1.ff8p15f;
+  static constexpr uint32_t over = 0x477ff000u;
+  static constexpr uint32_t NORMAL = 0x38800000u;  // 2^-14; below it numbers are multiples of 2^-24, the ulp of [0.5, 1)
+  static float round(float v) {
+    const uint32_t u = bits(v), a = u & ~SIGN;
+    const uint32_t special = a > INF ? NAN_BITS : INF;
+    return a >= over ? real(special | (u & SIGN)) : quick(v);
+  }
+  static float quick(float v) {  // of numbers that do not round to infinity
+    const uint32_t u = bits(v), a = u & ~SIGN;
+    const uint32_t small = bits((real(a) + 0.5f) - 0.5f);
+    return real((a < NORMAL ? small : ((a + 0xfffu + ((a >> 13) & 1u)) & ~0x1fffu)) | (u & SIGN));
+  }
+  static float load(uint16_t v) {
+    const uint32_t a = v & 0x7fffu, e = a >> 10;
+    const uint32_t small = bits(real(0x3f000000u | a) - 0.5f);
+    const uint32_t normal = (a << 13) + (e == 31u ? 0x70000000u : 0x38000000u);
+    return real((e == 0u ? small : normal) | (uint32_t(v & 0x8000u) << 16));
+  }
+  static uint16_t store(float v) {
+    const uint32_t u = bits(v), a = u & ~SIGN;
+    const uint32_t small = bits(real(a) + 0.5f) & 0x7ffu;
+    const uint32_t normal = (a >> 13) - (112u << 10);
+    const uint32_t wide = a > INF ? 0x7e00u : 0x7c00u;
+    return uint16_t((a >= INF ? wide : a < NORMAL ? small : normal) | ((u & SIGN) >> 16));
+  }
+};
+
+template <class Fn>
+inline void with_dtype(int code, const Fn& fn) {
+  if (code == 0) fn(F32{});
+  else if (code == 1) fn(BF16{});
+  else fn(F16{});
+}
+
+inline bool finite(float v) { return (bits(v) & ~SIGN) < INF; }
+
+// Sum of term(0..n-1) by halves; `t` is room for n / 2 + 1 floats.
+template <class Term>
+inline float sum(int64_t n, float* __restrict t, const Term& term) {
+  int64_t h = (n + 1) / 2;
+  for (int64_t i = 0; i < n - h; ++i) t[i] = term(i) + term(i + h);
+  if (n - h < h) t[h - 1] = term(h - 1);
+  for (int64_t m = h; m > 1; m = h) {
+    h = (m + 1) / 2;
+    const float* __restrict upper = t + h;
+    for (int64_t i = 0; i < m - h; ++i) t[i] += upper[i];
+  }
+  return t[0];
+}
+
+inline float dot(const float* __restrict a, const float* __restrict b, int64_t n, float* t) {
+  return sum(n, t, [=](int64_t i) { return a[i] * b[i]; });
+}
+
+inline float norm(const float* a, int64_t n, float* t) { return std::sqrt(dot(a, a, n, t)); }
+
+// One number for several: itself, or the norm.
+inline float size(const float* v, int64_t n) {
+  if (n == 1) return v[0];
+  float total = v[0] * v[0];
+  for (int64_t i = 1; i < n; ++i) total += v[i] * v[i];
+  return std::sqrt(total);
+}
+
+// The layout is described in bank.py.
+enum Kind : int32_t { NONE, STATIC, NORM, LINEAR, BOUNDS };
+struct Meta { int32_t kind, key, count, math, state, sweeps, clamps, unused; };
+struct Param { float factor, inverse, ratio, unused; };
+constexpr int64_t MOST = 64;  // directions of one op
+constexpr int64_t WORK = 1 << 16;  // elements per thread worth a thread
+
+struct Bank {
+  std::vector<at::Tensor> kept;
+  const Meta* meta;
+  const Param* param;
+  const void* directions;
+  const float* bounds;
+  int64_t* counts;
+  const int32_t *binding, *slot_of;
+  const float* gain;
+  int64_t ops, each, width, keys;
+  bool narrow;
+  std::optional<at::Tensor> residual, dose;
+};
+
+struct Scratch {
+  std::vector<float> held;
+  std::vector<int32_t> rows;
+  float *old, *state, *seen, *total, *change, *t, *u;
+  void fit(int64_t width, int64_t each) {
+    const int64_t w = (width + 31) / 16 * 16;
+    held.resize(w * (6 + each));
+    float* p = held.data();
+    for (float** one : {&old, &state, &seen, &total, &change, &t, &u}) { *one = p; p += w; }
+  }
+};
+thread_local Scratch scratch;
+
+struct Effect { const float* c = nullptr; float before = 0, adjustment = 0; bool clamped = false; };
+
+// The directions of an op as floats, one after another; `place` is slot * ops + op.
+inline const float* directions(const Bank& b, int64_t place, const Meta& m, float* u) {
+  const int64_t start = place * b.each * b.width, n = m.count * b.width;
+  if (!b.narrow) return static_cast<const float*>(b.directions) + start;
+  const uint16_t* from = static_cast<const uint16_t*>(b.directions) + start;
+  for (int64_t i = 0; i < n; ++i) u[i] = BF16::load(from[i]);
+  return u;
+}
+
+// weights_k u_k summed in float, rounded once.
+template <class M>
+inline void combine(const float* weights, const float* u, int64_t count, int64_t w, float* __restrict c) {
+  const float first = weights[0];
+  const float* __restrict u0 = u;
+  if (count == 1) {
+    for (int64_t i = 0; i < w; ++i) c[i] = M::round(first * u0[i]);
+    return;
+  }
+  for (int64_t i = 0; i < w; ++i) c[i] = first * u0[i];
+  for (int64_t k = 1; k < count; ++k) {
+    const float weight = weights[k];
+    const float* __restrict uk = u + k * w;
+    for (int64_t i = 0; i < w; ++i) c[i] = c[i] + weight * uk[i];
+  }
+  for (int64_t i = 0; i < w; ++i) c[i] = M::round(c[i]);
+}
+
+inline bool limited(const Param& a) { return a.ratio < std::numeric_limits<float>::infinity(); }
+
+inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+
+// lambda of Hildreth's sweeps (trimtab/steering/subspace.py), and the adjustment of each projection.
+template <class M>
+inline void hildreth(const Meta& m, const float* table, int64_t stride, const float* p, float* held, float* moved) {
+  const int64_t k = m.count;
+  for (int64_t i = 0; i < k; ++i) held[i] = 0;
+  for (int32_t sweep = 0; sweep < m.sweeps; ++sweep)
+    for (int64_t i = 0; i < k; ++i) {
+      const float *row = table + i * stride, *gram = row + 2;
+      float q = 0;
+      for (int64_t j = 0; j < k; ++j) q += j == i ? 0.0f : held[j] * gram[j];
+      q = M::round(q + p[i]);
+      held[i] = M::round(clamp(q, row[0], row[1]) - q);
+    }
+  for (int64_t i = 0; i < k; ++i) {
+    const float* gram = table + i * stride + 2;
+    float total = held[0] * gram[0];
+    for (int64_t j = 1; j < k; ++j) total = total + held[j] * gram[j];
+    moved[i] = M::round(M::round(p[i] + M::round(total)) - p[i]);
+  }
+}
+
+// The correction of one op on one row, in `room` or where it lies already: as its kernel and _chain._shape in
+// trimtab/steering.
+template <class M>
+Effect correct(const Bank& b, int64_t place, const float* u, const float* seen, float gain,
+               float* __restrict room, float* t) {
+  const Meta& m = b.meta[place];
+  const Param& a = b.param[place];
+  const int64_t w = b.width;
+  Effect effect;
+  effect.c = room;
+  if (m.kind == STATIC) {
+    effect.c = u;
+  } else if (m.kind == NORM) {
+    const float amount = M::round(M::round(norm(seen, w, t)) * a.factor);
+    combine<M>(&amount, u, 1, w, room);
+  } else {
+    float p[MOST] = {}, weights[MOST] = {}, adjusted[MOST] = {};
+    const int64_t stride = b.each + 2;
+    const float* table = b.bounds + place * b.each * stride;
+    for (int64_t k = 0; k < m.count; ++k) p[k] = M::round(dot(seen, u + k * w, w, t));
+    if (m.kind == LINEAR) {
+      for (int64_t k = 0; k < m.count; ++k) {
+        const float* row = table + k * stride;
+        weights[k] = adjusted[k] = M::round(clamp(M::round(p[k] * a.factor), row[0], row[1]) - p[k]);
+      }
+    } else {
+      hildreth<M>(m, table, stride, p, weights, adjusted);
+    }
+    for (int64_t k = 0; k < m.count; ++k) effect.clamped |= m.clamps && weights[k] != 0;
+    effect.before = size(p, m.count);
+    effect.adjustment = size(adjusted, m.count);
+    combine<M>(weights, u, m.count, w, room);
+  }
+  const auto times = [&](float by) {
+    const float* c = effect.c;
+    for (int64_t i = 0; i < w; ++i) room[i] = M::round(c[i] * by);
+    effect.c = room;
+  };
+  if (limited(a)) {
+    const float length = M::round(norm(effect.c, w, t));
+    const float bound = M::round(M::round(norm(seen, w, t)) * a.ratio);
+    if (length > bound) times(M::round(bound / length));
+  }
+  if (const float g = M::round(gain); g != 1) times(g);
+  return effect;
+}
+
+// Projections of the state on the directions of an op, as one number.
+inline float along(const Meta& m, const Param& a, const float* u, const float* state, int64_t w, float* t) {
+  float p[MOST] = {};
+  for (int64_t k = 0; k < m.count; ++k) p[k] = dot(state, u + k * w, w, t) * a.inverse;
+  return size(p, m.count);
+}
+
+// The full dose of an op but for what depends on the state after it.
+inline void measure(float* out, const Meta& m, const Param& a, const Effect& effect, const float* u, const Scratch& s,
+                    int64_t w) {
+  const bool projects = m.kind == LINEAR || m.kind == BOUNDS;
+  const float ratio = norm(effect.c, w, s.t) / norm(s.state, w, s.t);
+  out[0] = projects ? effect.before : along(m, a, u, s.state, w, s.t);
+  out[2] = effect.adjustment;
+  out[3] = effect.clamped;
+  out[4] = std::isnan(ratio) ? 0.0f : ratio;
+}
+
+// Elements that the correction took out of the range go back to its edge. Returns whether there was one.
+template <class T>
+bool mend(typename T::type* x, const typename T::type* r, const typename T::type* old, const float* total, int64_t w) {
+  bool made = false;
+  for (int64_t i = 0; i < w; ++i) {
+    const float was = T::load(old[i]), stream = r ? T::load(r[i]) : 0.0f;
+    x[i] = old[i];
+    if (total[i] == 0 || !finite(was) || (r && !finite(T::round(stream + was)))) continue;
+    float y = T::round(was + total[i]);
+    if (!finite(y)) {
+      made = true;
+      if (std::isnan(y)) continue;
+      y = std::copysign(T::max, y);
+    }
+    if (const float h = T::round(stream + y); r && !finite(h)) {
+      made = true;
+      y = T::round(clamp(std::copysign(T::below_max, h) - stream, -T::max, T::max));
+    }
+    x[i] = T::store(y);
+  }
+  return made;
+}
+
+// x := round(x + total) where total is not zero. Returns whether an element became non-finite.
+template <class T>
+bool finish(typename T::type* __restrict x, const typename T::type* __restrict r, typename T::type* __restrict old,
+            const float* __restrict total, int64_t w) {
+  uint32_t bad = 0;
+  const auto one = [&](int64_t i) {
+    const auto was = old[i] = x[i];
+    const float sum = T::load(was) + total[i];
+    const float y = T::quick(sum);
+    bad |= (bits(sum) & ~SIGN) >= T::over;
+    x[i] = total[i] == 0 ? was : T::store(y);
+    return y;
+  };
+  if (r)
+    for (int64_t i = 0; i < w; ++i) bad |= (bits(T::load(r[i]) + one(i)) & ~SIGN) >= T::over;
+  else
+    for (int64_t i = 0; i < w; ++i) one(i);
+  return bad && mend<T>(x, r, old, total, w);
+}
+
+// Whether an op, or one after it, looks at the state.
+inline bool looks(const Meta* meta, const Param& a, int64_t left) {
+  return meta->kind != STATIC || limited(a) || (left > 1 && meta[1].kind != NONE);
+}
+
+inline void count(int64_t* at) { __atomic_fetch_add(at, int64_t(1), __ATOMIC_RELAXED); }
+
+template <class T>
+void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T::type* r, float* dose, Scratch& s) {
+  const int64_t w = b.width;
+  const int32_t owner = b.binding[row], slot = b.slot_of[owner];
+  const Meta* meta = b.meta + slot * b.ops;
+  const Param* param = b.param + slot * b.ops;
+  const float* gain = b.gain + row * b.keys;
+  int64_t* counts = b.counts + owner * b.ops * 3;
+  const float* total = nullptr;
+  for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
+    const Meta& m = meta[j];
+    const float g = gain[m.key];
+    if (std::isnan(g)) continue;
+    if (!total && (dose || looks(&m, param[j], b.ops - j)))
+      with_dtype(m.state, [&](auto state) {
+        using S = decltype(state);
+        if (r) for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(T::load(r[i]) + T::load(x[i]));
+        else for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(T::load(x[i]));
+      });
+    const float* u = directions(b, slot * b.ops + j, m, s.u);
+    const float* seen = s.state;
+    Effect effect;
+    with_dtype(m.math, [&](auto math) {
+      using M = decltype(math);
+      if (m.math != m.state) {
+        for (int64_t i = 0; i < w; ++i) s.seen[i] = M::round(s.state[i]);
+        seen = s.seen;
+      }
+      effect = correct<M>(b, slot * b.ops + j, u, seen, g, total ? s.change : s.total, s.t);
+    });
+    count(counts + j * 3);
+    if (effect.clamped) count(counts + j * 3 + 1);
+    float* out = dose ? dose + j * 5 : nullptr;
+    if (out) measure(out, m, param[j], effect, u, s, w);
+    const bool more = j + 1 < b.ops && meta[j + 1].kind != NONE;
+    with_dtype(m.state, [&](auto state) {
+      using S = decltype(state);
+      if (more || out) for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(s.state[i] + effect.c[i]);
+      if (total) for (int64_t i = 0; i < w; ++i) s.total[i] = S::round(total[i] + effect.c[i]);
+    });
+    if (out) out[1] = along(m, param[j], u, s.state, w, s.t);
+    if (!total && more && effect.c == s.u) {  // the next op needs the room
+      std::memcpy(s.total, s.u, w * sizeof(float));
+      effect.c = s.total;
+    }
+    total = total ? s.total : effect.c;
+  }
+  if (total && finish<T>(x, r, reinterpret_cast<typename T::type*>(s.old), total, w))
+    for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j)
+      if (!std::isnan(gain[meta[j].key])) count(counts + j * 3 + 2);
+}
+
+// Ask for the program of a row before its turn: between passes it has left the cache.
+inline void fetch(const Bank& b, int64_t row) {
+  const int64_t owner = b.binding[row], place = b.slot_of[owner] * b.ops, size = b.narrow ? 2 : 4;
+  for (int64_t j = 0; j < b.ops; ++j) {
+    __builtin_prefetch(b.meta + place + j);
+    __builtin_prefetch(b.param + place + j);
+    const char* from = static_cast<const char*>(b.directions) + (place + j) * b.each * b.width * size;
+    for (int64_t at = 0; at < std::min<int64_t>(b.width * size, 8192); at += 64) __builtin_prefetch(from + at, 0, 2);
+  }
+  __builtin_prefetch(b.counts + owner * b.ops * 3, 1);
+}
+
+template <class T>
+void steer(const Bank& b, const at::Tensor& x, const std::vector<int32_t>& rows) {
+  using V = typename T::type;
+  V* base = static_cast<V*>(x.data_ptr());
+  const V* stream = b.residual ? static_cast<const V*>(b.residual->const_data_ptr()) : nullptr;
+  float* doses = b.dose ? b.dose->mutable_data_ptr<float>() : nullptr;
+  const int64_t stride = x.stride(0), stream_stride = stream ? b.residual->stride(0) : 0;
+  const int64_t count = static_cast<int64_t>(rows.size());
+  const auto run = [&](int64_t begin, int64_t end) {
+    Scratch& s = scratch;
+    s.fit(b.width, b.each);
+    for (int64_t k = begin; k < end; ++k) {
+      const int64_t i = rows[k];
+      if (k + 1 < end) fetch(b, rows[k + 1]);
+      steer_row<T>(b, i, base + i * stride, stream ? stream + i * stream_stride : nullptr,
+                   doses ? doses + i * b.ops * 5 : nullptr, s);
+    }
+  };
+  if (count * b.width < 2 * WORK) run(0, count);
+  else at::parallel_for(0, count, std::max<int64_t>(1, WORK / b.width), run);
+}
+
+void check_rows(const at::Tensor& t, int64_t width, const char* what) {
+  TORCH_CHECK(t.dim() == 2 && t.size(1) == width && (width == 1 || t.stride(1) == 1), what, ": shape ", t.sizes(),
+              " and strides ", t.strides(), " were given; rows of width ", width, " were expected");
+}
+
+void apply_(const at::Tensor& x, int64_t handle, int64_t n) {
+  const Bank& b = *reinterpret_cast<const Bank*>(handle);
+  n = std::min(n, x.size(0));
+  std::vector<int32_t>& rows = scratch.rows;
+  rows.clear();
+  for (int64_t i = 0; i < n; ++i) {
+    const int32_t slot = b.slot_of[b.binding[i]];
+    if (slot != 0 && b.meta[slot * b.ops].kind != NONE) rows.push_back(static_cast<int32_t>(i));
+  }
+  if (rows.empty()) return;
+  check_rows(x, b.width, "x");
+  for (const auto& other : {b.residual, b.dose})
+    TORCH_CHECK(!other || other->size(0) >= n, "a buffer of ", other->size(0), " rows was given for ", n, " rows");
+  TORCH_CHECK(!b.residual || b.residual->scalar_type() == x.scalar_type(), "x is ", x.scalar_type(),
+              " and the residual is ", b.residual->scalar_type());
+  if (x.scalar_type() == at::kFloat) steer<F32>(b, x, rows);
+  else if (x.scalar_type() == at::kBFloat16) steer<BF16>(b, x, rows);
+  else if (x.scalar_type() == at::kHalf) steer<F16>(b, x, rows);
+  else TORCH_CHECK(false, "x: dtype ", x.scalar_type(), " cannot be steered");
+}
+
+template <class T>
+void update(const at::Tensor& r, const at::Tensor& x, const int32_t* binding, int64_t n, bool add) {
+  using V = typename T::type;
+  const int64_t w = x.size(1), xs = x.stride(0), rs = r.stride(0);
+  const V* from = static_cast<const V*>(x.data_ptr());
+  V* to = static_cast<V*>(r.data_ptr());
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      if (binding[i] == 0) continue;
+      const V* __restrict a = from + i * xs;
+      V* __restrict out = to + i * rs;
+      if (add) for (int64_t k = 0; k < w; ++k) out[k] = T::store(T::round(T::load(out[k]) + T::load(a[k])));
+      else std::memcpy(out, a, w * sizeof(V));
+    }
+  };
+  if (n * w < 4 * WORK) run(0, n);
+  else at::parallel_for(0, n, std::max<int64_t>(1, 2 * WORK / w), run);
+}
+
+void update(const at::Tensor& r, const at::Tensor& x, const int32_t* owner, int64_t n, bool add) {
+  n = std::min(n, x.size(0));
+  check_rows(x, r.size(1), "x");
+  check_rows(r, r.size(1), "residual");
+  TORCH_CHECK(r.scalar_type() == x.scalar_type() && r.size(0) >= n, "residual: ", r.size(0), " rows of ",
+              r.scalar_type(), " for ", n, " rows of ", x.scalar_type());
+  if (x.scalar_type() == at::kFloat) update<F32>(r, x, owner, n, add);
+  else if (x.scalar_type() == at::kBFloat16) update<BF16>(r, x, owner, n, add);
+  else update<F16>(r, x, owner, n, add);
+}
+
+void update_(const at::Tensor& r, const at::Tensor& x, const at::Tensor& binding, int64_t n, bool add) {
+  update(r, x, binding.const_data_ptr<int32_t>(), n, add);
+}
+
+// r[i] := table[ids[i]] for the first n rows.
+void embed_(const at::Tensor& r, const at::Tensor& table, const at::Tensor& ids, int64_t n) {
+  check_rows(table, r.size(1), "table");
+  check_rows(r, table.size(1), "residual");
+  TORCH_CHECK(r.scalar_type() == table.scalar_type() && r.size(0) >= n && ids.numel() >= n && ids.is_contiguous() &&
+                  table.is_contiguous(), "embed: ", n, " rows of ", table.scalar_type(), " were expected");
+  const int64_t size = table.size(1) * table.element_size(), stride = r.stride(0) * r.element_size();
+  const char* from = static_cast<const char*>(table.const_data_ptr());
+  char* to = static_cast<char*>(r.mutable_data_ptr());
+  const auto run = [&](const auto* id) {
+    for (int64_t i = 0; i < n; ++i) {
+      TORCH_CHECK(0 <= id[i] && id[i] < table.size(0), "token id ", id[i], " of ", table.size(0));
+      std::memcpy(to + i * stride, from + id[i] * size, size);
+    }
+  };
+  if (ids.scalar_type() == at::kInt) run(ids.const_data_ptr<int32_t>());
+  else run(ids.const_data_ptr<int64_t>());
+}
+
+// Buffers: the five tables of a bank, then binding, slot_of and gain.
+int64_t bind(const std::vector<at::Tensor>& given, const std::optional<at::Tensor>& residual,
+             const std::optional<at::Tensor>& dose) {
+  for (const auto& one : given) TORCH_CHECK(one.is_contiguous() && one.device().is_cpu(), "bank: contiguous CPU tensors");
+  TORCH_CHECK(given.size() == 8 && given[2].size(2) <= MOST, "bank: 8 tensors and at most ", MOST, " directions");
+  TORCH_CHECK(!dose || (dose->is_contiguous() && dose->dim() == 3 && dose->size(1) == given[0].size(1) &&
+                        dose->size(2) == 5),
+              "dose: [rows, ", given[0].size(1), ", 5] was expected");
+  if (residual) check_rows(*residual, given[2].size(3), "residual");
+  auto* b = new Bank;
+  b->kept = given;
+  b->residual = residual;
+  b->dose = dose;
+  b->meta = reinterpret_cast<const Meta*>(given[0].const_data_ptr<int32_t>());
+  b->param = reinterpret_cast<const Param*>(given[1].const_data_ptr<float>());
+  b->directions = given[2].data_ptr();
+  b->bounds = given[3].const_data_ptr<float>();
+  b->counts = given[4].mutable_data_ptr<int64_t>();
+  b->binding = given[5].const_data_ptr<int32_t>();
+  b->slot_of = given[6].const_data_ptr<int32_t>();
+  b->gain = given[7].const_data_ptr<float>();
+  b->ops = given[0].size(1);
+  b->each = given[2].size(2);
+  b->width = given[2].size(3);
+  b->keys = given[7].size(1);
+  b->narrow = given[2].scalar_type() == at::kBFloat16;
+  return reinterpret_cast<int64_t>(b);
+}
+
+void release(int64_t handle) { delete reinterpret_cast<Bank*>(handle); }
+
+// What a tap does with its tensor (live.py): the banks of its sites in order, then the stream.
+struct Tap {
+  const int64_t* step;  // whether a pass with work runs; its rows; the last tap with something to do; full doses
+  int64_t* own;  // calls; whether this pass needs Python: rows to record, ops outside the banks
+  std::vector<const Bank*> banks, dosed;  // the same banks, without and with buffers for full doses
+  std::optional<at::Tensor> residual;
+  const int32_t* binding;
+  int64_t number, from, to;
+  bool add;
+  std::vector<at::Tensor> kept;
+};
+std::unordered_map<std::string, std::shared_ptr<const Tap>> taps;
+std::mutex taps_lock;
+
+void enroll(std::string name, const std::vector<int64_t>& banks, const std::vector<at::Tensor>& tables,
+            const std::optional<at::Tensor>& residual, const std::vector<int64_t>& place, bool add) {
+  TORCH_CHECK(tables.size() == 3 && place.size() == 3, "tap: step, own and binding; number, first column and end");
+  auto tap = std::make_shared<Tap>();
+  tap->step = tables[0].const_data_ptr<int64_t>();
+  tap->own = tables[1].mutable_data_ptr<int64_t>();
+  tap->binding = tables[2].const_data_ptr<int32_t>();
+  for (size_t i = 0; i < banks.size(); ++i)
+    (i % 2 ? tap->dosed : tap->banks).push_back(reinterpret_cast<const Bank*>(banks[i]));
+  tap->residual = residual;
+  tap->number = place[0], tap->from = place[1], tap->to = place[2];
+  tap->add = add;
+  tap->kept = tables;
+  const std::lock_guard<std::mutex> held(taps_lock);
+  taps[std::move(name)] = std::move(tap);
+}
+
+void leave(std::string name) {
+  const std::lock_guard<std::mutex> held(taps_lock);
+  taps.erase(name);
+}
+
+void site_(const at::Tensor& x, std::string name) {
+  std::shared_ptr<const Tap> tap;
+  {
+    const std::lock_guard<std::mutex> held(taps_lock);
+    if (const auto found = taps.find(name); found != taps.end()) tap = found->second;
+  }
+  if (tap) {
+    if (tap->step[0] == 0 || tap->number > tap->step[2]) return;
+    const int64_t n = tap->step[1];
+    if (tap->own[1] == 0 && x.dim() == 2 && x.size(0) >= n) {
+      ++tap->own[0];
+      const at::Tensor seen = tap->to < 0 ? x : x.narrow(1, tap->from, tap->to - tap->from);
+      for (const Bank* bank : tap->step[3] ? tap->dosed : tap->banks) apply_(seen, reinterpret_cast<int64_t>(bank), n);
+      if (tap->residual) update(*tap->residual, x, tap->binding, n, tap->add);
+      return;
+    }
+  }
+  static const auto python = c10::Dispatcher::singleton().findSchemaOrThrow("trimtab::live_", "");
+  torch::jit::Stack stack{x, std::move(name)};
+  python.callBoxed(stack);
+}
+
+}  // namespace
+
+TORCH_LIBRARY(trimtab_cpu, m) {
+  m.def("bind(Tensor[] buffers, Tensor? residual, Tensor? dose) -> int", &bind);
+  m.def("release(int bank) -> ()", &release);
+  m.def("apply_(Tensor(a!) x, int bank, int n) -> ()");
+  m.def("enroll(str tap, int[] banks, Tensor[] tables, Tensor? residual, int[] place, bool add) -> ()", &enroll);
+  m.def("leave(str tap) -> ()", &leave);
+  m.def("embed_(Tensor(a!) r, Tensor table, Tensor ids, int n) -> ()");
+  m.def("update_(Tensor(a!) r, Tensor x, Tensor binding, int n, bool add) -> ()");
+}
+
+TORCH_LIBRARY_IMPL(trimtab_cpu, CPU, m) {
+  m.impl("apply_", &apply_);
+  m.impl("update_", &update_);
+  m.impl("embed_", &embed_);
+}
+
+TORCH_LIBRARY_IMPL(trimtab, CPU, m) { m.impl("site_", &site_); }

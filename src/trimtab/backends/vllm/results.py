@@ -1,0 +1,247 @@
+"""From what an engine leaves to what a backend returns: generations, doses, records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.base import Capture, EncodedPrompt, Generation, Request, Score, Stop, num_rows
+from trimtab.backends.vllm.client import CapturedRows, OpReport, Report
+from trimtab.errors import BackendError, NonFiniteError, NotAppliedError, UnfiredError
+from trimtab.results.runs import DoseSummary
+from trimtab.sites import Site
+from trimtab.trace import DoseRow
+
+if TYPE_CHECKING:
+    from trimtab.steering import Program
+    from trimtab.trace import Writer
+
+
+@dataclass(slots=True)
+class Job:
+    """One request on its way through an engine."""
+
+    name: str
+    request: Request
+    prompt: EncodedPrompt
+    program: Program | None
+    params: Any = None
+    report: Report | None = None
+    output: Any = None
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    stop: Stop = "length"
+
+    @property
+    def length(self) -> int:
+        """Number of prompt tokens."""
+        return len(self.prompt.ids)
+
+    def take(self, output: Any, report: Report) -> None:
+        """Take what the engine gave: vLLM's `RequestOutput`, and our report."""
+        self.output, self.report = output, report
+        completion = output.outputs[0]
+        budget = self.request.budget
+        self.tokens = [int(token) for token in completion.token_ids][:budget]
+        for token, values in zip(self.tokens, completion.logprobs or [], strict=False):
+            value = values[token].logprob
+            if math.isnan(value):
+                raise NonFiniteError(
+                    f"request {self.name!r}: the logits at position {self.length + len(self.logprobs) - 1} are not "
+                    "finite; the model left the range of its dtype: use bfloat16 or float32, or lower the steering"
+                )
+            self.logprobs.append(value)
+            if self.request.logprobs:
+                best = sorted(values.items(), key=lambda pair: pair[1].rank)
+                self.top.append(tuple((one, info.logprob) for one, info in best)[: self.request.logprobs])
+        forced = self.request.forced_tokens is not None
+        self.stop = "forced" if forced else "eos" if completion.finish_reason == "stop" else "length"
+
+    @property
+    def rows(self) -> int:
+        """Rows that the request has by the rows law."""
+        return num_rows(self.length, len(self.tokens))
+
+
+def finish(
+    job: Job,
+    sites: Sequence[Site],
+    capture: Capture | None,
+    writer: Writer | None,
+    config: str,
+    allow_unfired: bool,
+    tokenizer: Any,
+) -> Generation:
+    """Write the records and doses of a finished request, and return its generation.
+
+    Raises:
+        NotAppliedError: an op was asked for and did not act where its rows were computed.
+        UnfiredError: an op selected no row, and that was not allowed.
+        NonFiniteError: a correction left the range of the model's dtype.
+        BackendError: recorded rows are missing.
+    """
+    assert job.report is not None
+    if capture is not None and writer is not None:
+        for site in sites:
+            _record(job, site, capture, writer, config)
+    if job.report.problems:
+        raise NotAppliedError(f"request {job.name!r}: {job.report.problems[0]}")
+    doses = tuple(_dose(job, one, writer, config, allow_unfired) for one in job.report.ops)
+    _all_applied(job)
+    text = "" if tokenizer is None else str(tokenizer.decode(job.tokens, skip_special_tokens=True))
+    return Generation(
+        id=job.name,
+        prompt_index=job.request.prompt_index,
+        prompt_ids=job.prompt.ids,
+        token_ids=tuple(job.tokens),
+        text=text,
+        logprobs=tuple(job.logprobs),
+        top=tuple(job.top),
+        stop=job.stop,
+        doses=doses,
+    )
+
+
+def score(job: Job) -> Score:
+    """Return the log-likelihood of a prompt."""
+    found = job.output.prompt_logprobs or []
+    pairs = zip(job.prompt.ids[1:], found[1:], strict=True)
+    return Score(ids=job.prompt.ids, logprobs=tuple(values[token].logprob for token, values in pairs))
+
+
+def _record(job: Job, site: Site, capture: Capture, writer: Writer, config: str) -> None:
+    assert job.report is not None
+    steered = job.program is not None and site in job.program
+    found = {one.edit: one for one in job.report.captured if one.site == site}
+    chosen: list[tuple[str, CapturedRows | None]] = [(edit, found.get(edit)) for edit in capture.edit]
+    if not steered:
+        chosen = [("none", next((one for _, one in chosen if one is not None), None))]
+    for edit, one in chosen:
+        if one is None:
+            continue  # no row of this request was selected; counted below by its length
+        keep = [index for index, position in enumerate(one.positions) if position < _end(job, site)]
+        if not keep:
+            continue
+        rows: Tensor = one.rows if len(keep) == len(one.positions) else one.rows[keep]
+        writer.write(
+            str(site),
+            rows,
+            site=str(site),
+            layer=site.layer,
+            phase="inference",
+            edit=edit,
+            config=config,
+            prompt=job.request.prompt_index,
+            request=job.name,
+            positions=[one.positions[index] for index in keep],
+            module_path=one.module_path,
+            pp_rank=one.pp_rank,
+        )
+
+
+def _end(job: Job, site: Site) -> int:
+    """Return the position that the rows of a site end before."""
+    return job.length - 1 + len(job.tokens) if site.point == "logits" else job.rows
+
+
+def _dose(job: Job, one: OpReport, writer: Writer | None, config: str, allow_unfired: bool) -> DoseSummary:
+    assert job.report is not None
+    assert job.program is not None
+    site = Site.parse(one.site)
+    number = int(one.op.partition(":")[0])
+    step = job.program[site].steps[number]
+    reason = ""
+    if one.nonfinite:
+        raise NonFiniteError(
+            f"request {job.name!r}: {one.site}: {one.op} made {one.nonfinite} rows non-finite in the model's dtype and "
+            "they were held in its range; lower the strength or use a model dtype of wider range"
+        )
+    if one.selected is not None and one.rows < one.selected and site.point != "logits":
+        raise NotAppliedError(
+            f"request {job.name!r}: {one.op} at {one.site} was applied to {one.rows} rows of the {one.selected} that "
+            "its positions select: the engine ran rows past its taps"
+        )
+    if one.rows == 0:
+        reason = "cached" if _all_cached(job, step.positions) else step.positions.unfired_reason(job.length, job.rows)
+        if reason != "cached" and not allow_unfired:
+            raise UnfiredError(
+                f"request {job.name!r}: {one.op} at {one.site} selected no row: {reason}; positions {step.positions} "
+                f"in a run of {job.rows} rows, {job.length} of them prompt; choose other positions, or accept it with "
+                "allow_unfired=True"
+            )
+    measured = job.report.full.get((one.site, number))
+    if measured is None:
+        return DoseSummary(
+            site=one.site,
+            op=one.op,
+            rows=one.rows,
+            clamped=one.clamped,
+            mean_projection_before=None,
+            mean_projection_after=None,
+            max_ratio=None,
+            reason=reason,
+        )
+    return _measured(job, one, measured, writer, config, reason)
+
+
+def _measured(
+    job: Job, one: OpReport, measured: tuple[tuple[int, ...], Tensor], writer: Writer | None, config: str, reason: str
+) -> DoseSummary:
+    positions, values = measured
+    table = [
+        DoseRow(
+            config=config,
+            prompt=job.request.prompt_index,
+            request=job.name,
+            site=one.site,
+            op=one.op,
+            position=position,
+            p_before=before,
+            p_after=after,
+            cap_delta=delta,
+            clamped=bool(clamped),
+            ratio=ratio,
+        )
+        for position, (before, after, delta, clamped, ratio) in zip(positions, values.tolist(), strict=True)
+    ]
+    if writer is not None:
+        writer.write_dose(table)
+    return DoseSummary(
+        site=one.site,
+        op=one.op,
+        rows=one.rows,
+        clamped=sum(row.clamped for row in table),
+        mean_projection_before=math.fsum(row.p_before for row in table) / max(len(table), 1),
+        mean_projection_after=math.fsum(row.p_after for row in table) / max(len(table), 1),
+        max_ratio=max((row.ratio for row in table), default=None),
+        reason=reason,
+    )
+
+
+def _all_cached(job: Job, positions: Any) -> bool:
+    """Whether every row that a selection has came from the prefix cache."""
+    assert job.report is not None
+    cached = torch.arange(job.report.cached)
+    ids = torch.tensor(job.prompt.ids[: job.report.cached], dtype=torch.int64)
+    return bool(job.report.cached) and bool(positions.mask(cached, job.length, ids).any())
+
+
+def _all_applied(job: Job) -> None:
+    """Refuse a program of which some site never reported."""
+    assert job.report is not None
+    if job.program is None:
+        return
+    reported = {one.site for one in job.report.ops}
+    silent = [site for site in job.program if str(site) not in reported]
+    if silent:
+        raise NotAppliedError(
+            f"request {job.name!r}: nothing was reported from {silent[0]}; the engine does not steer there"
+        )
+    if job.report.digest is None:
+        raise BackendError(f"request {job.name!r}: the engine ran it without its steering")

@@ -1,0 +1,118 @@
+"""The first model runner (`vllm.v1.worker.gpu_model_runner`), which the CPU runner extends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trimtab.backends.vllm.sampled import LOGITS, SampledRows
+from trimtab.backends.vllm.state import WorkerState
+
+
+class RunnerV1:
+    """Wraps the methods of one runner instance; the class stays as it is.
+
+    Args:
+        runner: a `GPUModelRunner`.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._sampled = False
+        """Whether the next logits are those of the last rows of a pass."""
+
+    @staticmethod
+    def accepts(runner: Any) -> bool:
+        """Whether this is that runner."""
+        from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+        return isinstance(runner, GPUModelRunner)
+
+    def install(self, state: WorkerState) -> None:
+        """Have the runner tell the state of its requests and of each pass."""
+        runner = self._runner
+        self._follow_requests(runner, state)
+        sampled = SampledRows(state)
+        self._follow_passes(runner, state, sampled)
+        compute_logits, sample = runner.model.compute_logits, runner.sampler.sample
+
+        def with_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
+            logits: Tensor | None = compute_logits(hidden_states, *args, **kwargs)
+            if self._sampled and logits is not None and self._real(runner):
+                self._sampled = False  # what comes before the next pass are logits of prompts
+                ids, starts, computed = self._batch(runner)
+                sampled.logits(logits, ids, starts, computed)
+            return logits
+
+        def with_forced(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            tokens, processed = sample(logits, *args, **kwargs)
+            if state.bound and state.step.forced:
+                tokens = sampled.force(tokens, runner.input_batch.req_ids)
+            return tokens, processed
+
+        if LOGITS in state.recorded:
+            runner.model.compute_logits = with_logits
+        runner.sampler.sample = with_forced
+
+    @staticmethod
+    def _follow_requests(runner: Any, state: WorkerState) -> None:
+        update = runner._update_states
+
+        def update_states(scheduler_output: Any) -> Any:
+            for req_id in scheduler_output.finished_req_ids:
+                state.release(req_id)
+            for new in scheduler_output.scheduled_new_reqs:
+                params = new.sampling_params
+                if params is not None and params.extra_args:
+                    ids = new.prompt_token_ids or []
+                    state.bind(new.req_id, params.extra_args, list(ids), params.max_tokens or 1)
+            return update(scheduler_output)
+
+        runner._update_states = update_states
+
+    def _follow_passes(self, runner: Any, state: WorkerState, sampled: SampledRows) -> None:
+        forward, compute_logits = runner._model_forward, runner.model.compute_logits
+
+        def model_forward(
+            input_ids: Tensor | None = None,
+            positions: Tensor | None = None,
+            intermediate_tensors: Any = None,
+            inputs_embeds: Tensor | None = None,
+            **kwargs: Any,
+        ) -> Any:
+            self._sampled = bool(state.bound)
+            if not state.bound:
+                return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            ids, starts, computed = self._batch(runner)
+            # where embeddings are given, the runner keeps their token ids
+            tokens = runner.input_ids.gpu[: int(starts[-1])] if input_ids is None else input_ids
+            state.begin(ids, starts, computed, tokens, inputs_embeds, intermediate_tensors)
+            try:
+                hidden = forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            finally:
+                state.end()
+            if isinstance(hidden, Tensor):  # the last pipeline stage
+                sampled.prompt(hidden, compute_logits)
+            return hidden
+
+        runner._model_forward = model_forward
+
+    @staticmethod
+    def _batch(runner: Any) -> tuple[Sequence[str | None], Any, Any]:
+        """Return the requests of the batch in the order of their rows, their first rows, and what was computed."""
+        batch = runner.input_batch
+        count = batch.num_reqs
+        return batch.req_ids[:count], runner.query_start_loc.np[: count + 1], batch.num_computed_tokens_cpu[:count]
+
+    @staticmethod
+    def _real(runner: Any) -> bool:
+        """Whether logits are computed for requests, and not to warm up."""
+        return bool(runner.input_batch.num_reqs)
+
+
+def device_of(runner: Any) -> torch.device:
+    """Return where a runner's model lies."""
+    return torch.device(runner.device)

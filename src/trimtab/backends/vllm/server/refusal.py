@@ -1,0 +1,51 @@
+"""What a sender is told when a request is turned down before anything ran."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Reason = Literal[
+    "unknown_name",
+    "bad_strength",
+    "bad_request",
+    "does_not_fit",
+    "no_key",
+    "wrong_key",
+    "bad_name",
+    "bad_file",
+    "too_large",
+]
+_TYPES = {
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    503: "ServiceUnavailableError",
+}
+
+
+class Refusal(Exception):
+    """A request turned down.
+
+    Args:
+        message: what was given, what was expected, what exists, what to do.
+        reason: why, in one word, for the metrics.
+        status: HTTP status.
+        param: the field of the request that is at fault.
+    """
+
+    def __init__(self, message: str, *, reason: Reason, status: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        self.reason: Reason = reason
+        self.status = status
+        self.param = param
+
+    def document(self) -> dict[str, object]:
+        """Return the body of the answer, in the form of OpenAI's API."""
+        return {
+            "error": {
+                "message": str(self),
+                "type": _TYPES.get(self.status, "BadRequestError"),
+                "param": self.param,
+                "code": self.status,
+            }
+        }

@@ -1,0 +1,331 @@
+"""The tables of one forward pass: which request each row belongs to, which steering acts on it, how strongly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trimtab.backends.vllm.bank import StepRows
+from trimtab.backends.vllm.bound import Bound
+from trimtab.sites import Site
+
+Ints = np.ndarray[Any, np.dtype[Any]]
+_MAX_REACH = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """The rows of one request in this pass."""
+
+    bound: Bound
+    first: int
+    """First row."""
+    count: int
+    start: int
+    """Absolute position of the first row."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Rows of this pass that are recorded, for the requests that name the same sites."""
+
+    spans: tuple[tuple[Bound, int], ...]
+    """Request and how many of its rows, in the order of `rows`."""
+    rows: Tensor
+    positions: Tensor
+    """When the tables were filled; `Step.shift` more in a later pass."""
+    edits: frozenset[str]
+    """States that some request wants: before the ops of the site, after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Rows of this pass whose full dose is wanted; positions as in `Wanted`."""
+
+    spans: tuple[Span, ...]
+    """In the order of `rows`."""
+    rows: Tensor
+    gain: Ints
+    """float32 [len(rows), keys]."""
+
+
+class Step:
+    """What the taps look at while the model runs.
+
+    Args:
+        max_rows: rows that a pass can have.
+        max_bound: requests that can be tracked at once.
+        keys: pairs of positions and gain per steering.
+        device: where the tables lie.
+    """
+
+    def __init__(self, max_rows: int, max_bound: int, keys: int, device: torch.device) -> None:
+        self.device = device
+        host = {
+            "binding": torch.zeros(max_rows, dtype=torch.int32),
+            "slot_of": torch.zeros(max_bound + 1, dtype=torch.int32),
+            "gain": torch.full((max_rows, keys), float("nan"), dtype=torch.float32),
+            "positions": torch.zeros(max_rows, dtype=torch.int64),
+        }
+        self._host = {name: tensor.numpy() for name, tensor in host.items()}
+        self._tensors = host
+        on_device = host if device.type == "cpu" else {name: one.to(device) for name, one in host.items()}
+        self.rows = StepRows(n=0, **on_device)
+        self.control = torch.zeros(4, dtype=torch.int64)
+        """What the CPU kernel reads: whether a pass is running that has something to do; its rows; the last tap that
+        has something to do; whether full doses are wanted."""
+        self._control = self.control.numpy()
+        self.measured: Measured | None = None
+        """Rows whose full dose is wanted."""
+        self.shift = 0
+        """Passes since the tables were filled: in each, every request has one row, and its position is one more."""
+        self.forced = False
+        """Whether a request of the batch is forced along given tokens."""
+        self.prompt_logits = False
+        """Whether a request of the batch has the logits of its prompt recorded."""
+        self.spans: list[Span] = []
+        self.special: dict[Site, list[Span]] = {}
+        """Requests whose steering at a site has an op outside the banks."""
+        self.wanted: dict[Site, Wanted] = {}
+        self.token_ids: Tensor | None = None
+        """Ids of the rows; on an accelerator None unless a selection names tokens."""
+        self._batch: Sequence[str | None] = ()
+        self._computed = 0
+        self._steady = False
+        self._filled = 0
+        self._last = -1
+        self._taps: list[Ints] = []
+        self._tap_of: dict[Site, int] = {}
+        self._asked: set[int] = set()
+        self._reach: dict[str, int] = {}
+
+    @property
+    def active(self) -> bool:
+        """Whether a pass is running that has something to do."""
+        return bool(self._control[0])
+
+    @active.setter
+    def active(self, value: bool) -> None:
+        self._control[0] = value
+
+    def join(self, sites: Iterable[Site]) -> tuple[int, Tensor]:
+        """Take up a tap, in the order of a forward pass.
+
+        Returns:
+            Its number, and int64 [2]: its calls, and whether a pass needs Python there.
+        """
+        number, own = len(self._taps), torch.zeros(2, dtype=torch.int64)
+        self._taps.append(own.numpy())
+        self._tap_of |= dict.fromkeys(sites, number)
+        return number, own
+
+    def slot_of(self, number: int, slot: int) -> None:
+        """Say which slot a tracked request uses."""
+        self._host["slot_of"][number] = slot
+        if self.device.type != "cpu":
+            self.rows.slot_of[number] = slot
+        self._steady = False
+
+    def forget(self) -> None:
+        """Have the next pass fill the tables anew: the set of requests has changed."""
+        self._steady = False
+
+    def blank(self) -> None:
+        """Let no row be tracked, for passes without tracked requests: device graphs run the taps in them too."""
+        self.rows.binding[: self._filled].zero_()
+        self.rows.n = self._filled = 0
+        self._clear()
+        self._steady = False
+
+    def _clear(self) -> None:
+        self.spans, self.special, self.wanted, self.measured = [], {}, {}, None
+        self.forced, self.prompt_logits, self.shift = False, False, 0
+
+    def begin(
+        self,
+        bound: dict[str, Bound],
+        req_ids: Sequence[str | None],
+        starts: Ints,
+        computed: Ints,
+        token_ids: Tensor | None,
+    ) -> None:
+        """Fill the tables for a pass.
+
+        Args:
+            bound: the tracked requests.
+            req_ids: requests of the batch, in the order of their rows.
+            starts: first row of each request, and the end: int [len(req_ids) + 1].
+            computed: rows of each request that were computed before: the position of its first row here.
+            token_ids: ids of the rows, for selections that name tokens.
+        """
+        total, count = int(starts[-1]), len(req_ids)
+        if self._steady and total == count and self._batch == req_ids:
+            self.shift += 1
+            if int(computed.sum()) == self._computed + self.shift * count:
+                for span in self.spans:
+                    span.bound.done += 1
+                self._control[0] = self._last >= 0
+                return
+        self._fill(bound, req_ids, starts, computed, token_ids, total)
+        self._batch, self._computed = list(req_ids), int(computed.sum())
+        self._steady = total == count and all(_settled(span) for span in self.spans)
+        self._measure()
+        self._direct()
+
+    def begin_last(
+        self, bound: dict[str, Bound], req_ids: Sequence[str | None], last: Ints, token_ids: Tensor | None
+    ) -> None:
+        """Fill the tables for one row per request: the last one of each.
+
+        Args:
+            bound: the requests whose last row counts.
+            req_ids: requests of the batch, in order.
+            last: absolute position of the last row of each.
+            token_ids: id of the last row of each, for selections that name tokens.
+        """
+        self._control[0] = True
+        starts = np.arange(len(req_ids) + 1)
+        before = [(one, one.done, one.counted, one.first) for one in bound.values()]
+        for one in bound.values():
+            one.done = one.counted  # as it was before this pass, so that the row counts
+        self._fill(bound, req_ids, starts, last, token_ids, len(req_ids))
+        for one, done, counted, first in before:
+            one.done, one.counted, one.first = done, counted, first
+        self._measure()
+
+    def _fill(
+        self,
+        bound: dict[str, Bound],
+        req_ids: Sequence[str | None],
+        starts: Ints,
+        computed: Ints,
+        token_ids: Tensor | None,
+        total: int,
+    ) -> None:
+        host = self._host
+        stop = max(total, self._filled)  # rows beyond the batch are padding, and run through the taps in graphs
+        host["binding"][:stop] = 0
+        host["gain"][:total] = np.nan
+        self._clear()
+        recorded: dict[frozenset[Site], list[tuple[Span, Tensor]]] = {}
+        if token_ids is not None and self.device.type != "cpu":  # waits for the device
+            token_ids = token_ids.cpu() if any(one.needs_tokens for one in bound.values()) else None
+        self.token_ids = token_ids
+        for index, req_id in enumerate(req_ids):
+            one = bound.get(req_id) if req_id is not None else None
+            if one is None:
+                continue
+            first, last, start = int(starts[index]), int(starts[index + 1]), int(computed[index])
+            span = Span(one, first, last - first, start)
+            self._place(span, token_ids)
+            if one.captured is not None:
+                self._want(span, token_ids, recorded)
+        self._group(recorded)
+        self.rows.n = self._filled = total
+        if self.device.type != "cpu":
+            for name in ("binding", "gain", "positions"):
+                getattr(self.rows, name)[:stop].copy_(self._tensors[name][:stop], non_blocking=True)
+
+    def _place(self, span: Span, token_ids: Tensor | None) -> None:
+        one, host, first, start = span.bound, self._host, span.first, span.start
+        last, stop = first + span.count, start + span.count
+        if one.first:
+            one.first, one.cached, one.done = False, start, start
+        one.counted = one.done
+        if span.count == 1:  # most rows of a busy engine: numbers are set faster than slices of one
+            host["binding"][first] = one.shadow if one.done > start else one.number
+            host["positions"][first] = start
+        else:
+            again = min(max(one.done - start, 0), span.count)
+            host["binding"][first:last] = one.number
+            host["binding"][first : first + again] = one.shadow
+            host["positions"][first:last] = np.arange(start, stop)
+        if one.table is not None:
+            ids = None if token_ids is None else token_ids[first:last]
+            gains = one.table.at(start, stop, ids)
+            one.token_ids = ids
+            host["gain"][first:last, : gains.shape[1]] = gains
+            for site in one.special:
+                self.special.setdefault(site, []).append(span)
+        one.done = max(one.done, stop)
+        self.forced = self.forced or one.data.forced is not None
+        self.prompt_logits = self.prompt_logits or (one.data.capture is not None and one.data.capture.prompt_logits)
+        self.spans.append(span)
+
+    def _want(
+        self, span: Span, token_ids: Tensor | None, recorded: dict[frozenset[Site], list[tuple[Span, Tensor]]]
+    ) -> None:
+        one = span.bound
+        assert one.captured is not None
+        where = torch.arange(span.start, span.start + span.count)
+        ids = None if token_ids is None else token_ids[span.first : span.first + span.count]
+        chosen = one.captured.mask(where, one.prompt_length, ids).nonzero()[:, 0]
+        if chosen.numel():
+            recorded.setdefault(one.capture_sites, []).append((span, chosen))
+
+    def _group(self, recorded: dict[frozenset[Site], list[tuple[Span, Tensor]]]) -> None:
+        """Sites that the same requests record share what is said of them."""
+        of_site: dict[Site, tuple[frozenset[Site], ...]] = {}
+        for sites in recorded:
+            for site in sites:
+                of_site[site] = (*of_site.get(site, ()), sites)
+        made: dict[tuple[frozenset[Site], ...], Wanted] = {}
+        for site, groups in of_site.items():
+            if groups not in made:
+                chosen = [one for group in groups for one in recorded[group]]
+                made[groups] = Wanted(
+                    tuple((span.bound, places.numel()) for span, places in chosen),
+                    torch.cat([places + span.first for span, places in chosen]).to(self.device),
+                    torch.cat([places + span.start for span, places in chosen]),
+                    frozenset(edit for span, _ in chosen for edit in span.bound.edits),
+                )
+            self.wanted[site] = made[groups]
+
+    def _measure(self) -> None:
+        """Rows that are computed again after a preemption were measured before."""
+        spans = []
+        for span in self.spans:
+            if span.bound.data.dose == "full" and span.bound.program is not None:
+                again = min(max(span.bound.counted - span.start, 0), span.count)
+                spans.append(Span(span.bound, span.first + again, span.count - again, span.start + again))
+        if spans:
+            rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
+            self.measured = Measured(tuple(spans), torch.from_numpy(rows).to(self.device), self._host["gain"][rows])
+
+    def _direct(self) -> None:
+        """Say which taps have something to do, and which of them need Python for it."""
+        asked = {self._tap_of[site] for site in (*self.wanted, *self.special) if site in self._tap_of}
+        for number in self._asked ^ asked:
+            self._taps[number][1] = number in asked
+        self._asked = asked
+        self._last = max(asked, default=-1)
+        for span in self.spans:
+            if span.bound.slot:
+                self._last = max(self._last, self._reached(span.bound))
+        self._control[:] = self._last >= 0, self.rows.n, self._last, self.measured is not None
+
+    def _reached(self, one: Bound) -> int:
+        """Return the last tap where a steering acts."""
+        assert one.data.digest is not None
+        found = self._reach.get(one.data.digest)
+        if found is None:
+            if len(self._reach) >= _MAX_REACH:
+                self._reach.clear()
+            found = max((self._tap_of.get(site, -1) for site in one.program or ()), default=-1)
+            self._reach[one.data.digest] = found
+        return found
+
+    def end(self) -> None:
+        """Have taps do nothing until the next pass begins."""
+        self._control[0] = False
+
+
+def _settled(span: Span) -> bool:
+    """Whether nothing but the position will change while the request has one row in each pass."""
+    steady = span.bound.steady_from()
+    return steady is not None and span.start >= max(steady, span.bound.prompt_length, span.bound.counted)

@@ -1,0 +1,141 @@
+"""What travels with a request, and what comes back: plain data, no pickle.
+
+A request carries `SamplingParams.extra_args["trimtab"]`; steerings travel apart from requests, once per content, as the
+bytes of a steering file; captured rows come back as the bytes of a safetensors file.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from trimtab.backends.vllm.config import KEY
+from trimtab.backends.vllm.reduced import Kind
+from trimtab.errors import InputError
+
+VERSION = 1
+Dose = Literal["counts", "full"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CaptureSpec:
+    """Which rows of a request are recorded."""
+
+    sites: tuple[str, ...]
+    """Site names, patterns resolved."""
+    edit: tuple[str, ...] = ("after",)
+    positions: str = "all"
+    """Canonical text of the positions."""
+    prompt_logits: bool = False
+    """Whether the site `logits` also has the rows of the prompt before its last token."""
+    reduce: Kind = ""
+    """What travels instead of the rows; "": the rows."""
+    directions: str = ""
+    """Digest of the directions to project on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RequestData:
+    """Our part of one request."""
+
+    label: str
+    """Unique name under which doses and rows are kept; the children of n > 1 share it."""
+    digest: str | None = None
+    """Digest of the steering; None for an unsteered request."""
+    ops: tuple[tuple[str, str, str], ...] = ()
+    """Per op: digest of op and site, canonical positions, canonical gain as JSON."""
+    capture: CaptureSpec | None = None
+    forced: tuple[int, ...] | None = None
+    dose: Dose = "counts"
+    salt: str | None = None
+    """A cache key for the whole request, when its rows must be computed afresh."""
+
+    def to_wire(self) -> Entry:
+        """Return the entry of `extra_args`."""
+        wire = Entry(v=VERSION, id=self.label, dose=self.dose)
+        wire.data = self
+        if self.digest is not None:
+            wire["steering"] = _steering(self.digest, self.ops)
+        if self.capture is not None:
+            wire["capture"] = {
+                "sites": list(self.capture.sites),
+                "edit": list(self.capture.edit),
+                "positions": self.capture.positions,
+                "prompt_logits": self.capture.prompt_logits,
+                "reduce": self.capture.reduce,
+                "directions": self.capture.directions,
+            }
+        if self.forced is not None:
+            wire["forced"] = list(self.forced)
+        if self.salt is not None:
+            wire["salt"] = self.salt
+        return wire
+
+    @classmethod
+    def of(cls, extra_args: Mapping[str, Any] | None) -> RequestData | None:
+        """Read our part of a request; None when there is none.
+
+        Raises:
+            InputError: another version, or not our form.
+        """
+        wire = (extra_args or {}).get(KEY)
+        if wire is None:
+            return None
+        if isinstance(wire, Entry) and wire.data is not None:
+            return wire.data
+        if not isinstance(wire, dict) or wire.get("v") != VERSION or "id" not in wire:
+            raise InputError(
+                f"extra_args[{KEY!r}] is not what trimtab.vllm.attach(llm).params(...) makes; build the request with it"
+            )
+        steering, capture = wire.get("steering"), wire.get("capture")
+        return cls(
+            label=wire["id"],
+            digest=steering["digest"] if steering else None,
+            ops=tuple((one[0], one[1], json.dumps(one[2], sort_keys=True)) for one in steering["ops"])
+            if steering
+            else (),
+            capture=CaptureSpec(
+                sites=tuple(capture["sites"]),
+                edit=tuple(capture["edit"]),
+                positions=capture["positions"],
+                prompt_logits=bool(capture.get("prompt_logits")),
+                reduce=capture.get("reduce", ""),
+                directions=capture.get("directions", ""),
+            )
+            if capture
+            else None,
+            forced=tuple(wire["forced"]) if wire.get("forced") is not None else None,
+            dose=wire.get("dose", "counts"),
+            salt=wire.get("salt"),
+        )
+
+
+class Entry(dict[str, Any]):
+    """Our entry of `extra_args`. It is never changed, so vLLM's deep copies of a request share it."""
+
+    data: RequestData | None = None
+    """What it says, in the process that made it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entry:
+        return self
+
+    def __reduce__(self) -> tuple[type[dict[str, Any]], tuple[dict[str, Any]]]:
+        return dict, (dict(self),)
+
+
+@lru_cache(maxsize=1024)
+def _steering(digest: str, ops: tuple[tuple[str, str, str], ...]) -> dict[str, Any]:
+    return {"digest": digest, "ops": [[op, positions, json.loads(gain)] for op, positions, gain in ops]}
+
+
+def to_bytes(document: Any) -> bytes:
+    """Return a JSON document as bytes."""
+    return json.dumps(document, separators=(",", ":")).encode()
+
+
+def from_bytes(data: bytes) -> Any:
+    """Read what `to_bytes` made."""
+    return json.loads(bytes(data))

@@ -1,0 +1,162 @@
+"""The plugin inside a worker: taps put into the model, the runner followed, requests of the client answered."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trimtab._base.log import get_logger
+from trimtab.backends.vllm import answers, op, taps
+from trimtab.backends.vllm.config import KEY, PluginConfig
+from trimtab.backends.vllm.live import LiveTap, stages_of
+from trimtab.backends.vllm.runners import adapter
+from trimtab.backends.vllm.state import WorkerState
+from trimtab.errors import BackendError
+
+_log = get_logger(__name__)
+_PROBED = 64
+
+
+class SteeredWorker:
+    """What the plugin adds to one worker.
+
+    Args:
+        worker: vLLM's worker, its model loaded.
+        config: what the engine was asked to install.
+
+    Raises:
+        BackendError: a model family, runner or setting that steering does not know.
+        SiteError: sites that the model does not have.
+    """
+
+    def __init__(self, worker: Any, config: PluginConfig) -> None:
+        runner, vllm_config = worker.model_runner, worker.vllm_config
+        _refuse(vllm_config)
+        if runner.device.type == "cpu" and torch.cpu._is_amx_tile_supported():
+            # vLLM's attention uses AMX tiles in bfloat16 and relies on an earlier matrix product to have asked the
+            # kernel for them; where none did, the process ends with an illegal instruction
+            torch.cpu._init_amx()
+        model = runner.model
+        found = taps.describe(model, vllm_config.model_config.hf_config)
+        scheduler, device = vllm_config.scheduler_config, torch.device(runner.device)
+        self.state = WorkerState(
+            config,
+            found,
+            max_rows=max(scheduler.max_num_batched_tokens, getattr(runner, "max_num_tokens", 0)),
+            max_requests=scheduler.max_num_seqs,
+            max_length=vllm_config.model_config.max_model_len,
+            dtype=vllm_config.model_config.dtype,
+            device=device,
+            graphs=device.type != "cpu" and not vllm_config.model_config.enforce_eager,
+        )
+        self.taps = install(model, self.state)
+        _mark_graphs(vllm_config, self.taps)
+        self.rank = worker.rank
+        parallel = vllm_config.parallel_config
+        self.tp_rank, self.pp_rank = (
+            worker.rank % parallel.tensor_parallel_size,
+            worker.rank // parallel.tensor_parallel_size,
+        )
+        self.engine, self.workers = parallel.data_parallel_index, parallel.world_size
+        adapter(runner).install(self.state)
+        _log.info(
+            "steering: %d sites, %d slots of %d ops, %.1f MiB of buffers on %s",
+            len(self.state.steered),
+            config.max_steering,
+            config.ops_per_site,
+            self.state.nbytes / 2**20,
+            device,
+        )
+
+    def rpc(self, verb: str, payload: bytes = b"") -> bytes:
+        """Answer one request of the client. Errors travel as text, so that a bad request never ends the worker."""
+        return answers.answer(self, verb, bytes(payload))
+
+
+def install(model: nn.Module, state: WorkerState) -> list[LiveTap]:
+    """Put the taps of a state into a model: each tapped module becomes an instance of a subclass of its own class."""
+    live: list[LiveTap] = []
+    by_module: dict[str, list[tuple[taps.Tap, str]]] = {}
+    for tap in state.map.taps(state.recorded):
+        if not tap.stages and tap.after == "set" and not any(other.name == "embed" for other in state.map.every_tap):
+            # an operator here would part what torch.compile fuses, embedding and first norm, and move roundings;
+            # the stream is begun outside the graph instead
+            embed: Any = model.embed_input_ids
+            state.embed, state.table = embed, _table(model)
+            continue
+        one = LiveTap(
+            tap, stages_of(tap, state.banks, state.residual), state.step, state.residual, state.recorder, state.doses
+        )
+        live.append(one)
+        by_module.setdefault(tap.module_path, []).append((tap, op.enroll(tap.name, one)))
+    for path, listed in by_module.items():
+        module = model.get_submodule(path)
+        module.__class__ = _tapped(type(module), listed)
+    return live
+
+
+def _mark_graphs(config: Any, live: Sequence[LiveTap]) -> None:
+    """Have vLLM's cache of compiled graphs tell this model from one with other taps, or none.
+
+    The cache goes by the settings of the engine; taps asked for by the environment, those of a second engine in the
+    process, and those of another release of this package differ where the settings do not.
+    """
+    additional = config.additional_config
+    if isinstance(additional, dict):
+        taps = [(op.name_of(one), one.tap.module_path, one.tap.side, one.tap.element, one.tap.argument) for one in live]
+        additional[f"{KEY}_graph"] = hashlib.sha256(repr(taps).encode()).hexdigest()
+
+
+def _table(model: nn.Module) -> Callable[[], Tensor] | None:
+    """Return what gives the table of embeddings, where looking tokens up in it gives the bits that the model takes."""
+    embed: Any = model.embed_input_ids
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if "Embedding" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 2:
+            if getattr(module, "tp_size", 1) > 1:
+                return None  # each rank holds a part of the table
+            ids = torch.arange(min(_PROBED, len(weight)), device=weight.device)
+            with torch.inference_mode():
+                same = weight.is_contiguous() and torch.equal(embed(ids), nn.functional.embedding(ids, weight))
+            return partial(getattr, module, "weight") if same else None
+    return None
+
+
+def _tapped(cls: type[nn.Module], listed: Sequence[tuple[taps.Tap, str]]) -> type[nn.Module]:
+    inputs = [(name, *tap.argument) for tap, name in listed if tap.side == "input" and tap.argument is not None]
+    outputs = [(name, tap.element) for tap, name in listed if tap.side == "output"]
+    stock = cls.forward
+    site_ = op.site_
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        for name, position, argument in inputs:
+            site_(kwargs[argument] if argument in kwargs else args[position], name)
+        out = stock(self, *args, **kwargs)
+        for name, element in outputs:
+            site_(out if element is None else out[element], name)
+        return out
+
+    forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+
+
+def _refuse(config: Any) -> None:
+    """Refuse settings under which rows cannot be followed."""
+    if config.speculative_config is not None:
+        raise BackendError(
+            "steering does not run with speculative decoding: drafted rows that are rejected would be steered and "
+            "recorded; start the engine without speculative_config"
+        )
+    parallel = config.parallel_config
+    if getattr(parallel, "enable_dbo", False) or getattr(parallel, "num_ubatches", 1) > 1:
+        raise BackendError("steering does not run with microbatches (enable_dbo): start the engine without them")
+    if getattr(config.compilation_config.pass_config, "enable_sp", False):
+        raise BackendError("steering does not run with sequence parallelism (enable_sp): start the engine without it")
+    if config.model_config.runner_type == "pooling":
+        raise BackendError("steering runs with generative models; this engine was started for pooling")

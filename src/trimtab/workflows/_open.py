@@ -1,0 +1,59 @@
+"""Opening a backend for one job: an engine with fixed buffers is told beforehand what the job needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trimtab.backends import Backend, open_backend
+from trimtab.steering import Steering
+from trimtab.workflows._steer import SteeringInput
+from trimtab.workflows.config import Steer
+
+
+def open_for(
+    name: str,
+    model: Any,
+    options: Mapping[str, Any],
+    *,
+    steering: SteeringInput = None,
+    sites: Sequence[str] = (),
+) -> Backend:
+    """Open a model.
+
+    Args:
+        name: of the backend.
+        model: as `open_backend` takes it.
+        options: of the backend; None stands for its default.
+        steering: what will steer it.
+        sites: patterns that will be captured.
+
+    Raises:
+        as `open_backend`.
+    """
+    given = {key: value for key, value in options.items() if value is not None}
+    if name == "vllm":
+        given |= _buffers(steering) | {"capture_sites": tuple(sites)}
+    return open_backend(name, model, **given)
+
+
+def _buffers(steering: SteeringInput) -> dict[str, Any]:
+    """Return the buffers that a steering needs in an engine."""
+    if isinstance(steering, (str, Path)):
+        steering = Steering.load(steering)
+    if isinstance(steering, Steer):
+        return {"sites": (f"layers.*.{steering.point}",)} if steering.op else {}
+    if steering is None:
+        return {}
+    directions = [
+        getattr(one.op, field).shape[0]
+        for one in steering.bound
+        for field in one.op.vectors
+        if getattr(one.op, field).ndim == 2
+    ]
+    return {
+        "sites": steering.sites,
+        "ops_per_site": max(len(steering.bound), 1),
+        "directions_per_op": max(directions, default=1),
+    }

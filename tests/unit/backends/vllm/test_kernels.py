@@ -1,0 +1,300 @@
+"""The two kernels against each other, to the bit; conversions exhaustively; independence of rows; the build."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trimtab.backends.vllm.bank import SiteBank, StepRows, update_residual_
+from trimtab.backends.vllm.kernels import _build, _form, native
+from trimtab.sites import Site
+from trimtab.steering import Ablate, AblateSubspace, Add, Cap, CapSubspace, SetProjection, Steering
+
+SITE = Site.parse("layers.0.resid_post")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+compiled = pytest.mark.skipif(native() is None, reason="steer.cpp cannot be built here")
+
+
+def bits(x):
+    return x.view(torch.int16 if x.element_size() == 2 else torch.int32)
+
+
+def program(ops, width):
+    return Steering({"layers.0.resid_post": ops}).resolve(num_layers=1, hidden_size=width, sites=[SITE])[SITE]
+
+
+def bank(kernel, width, dtype, programs, *, ops=3, each=3, storage=torch.float32, device="cpu"):
+    made = SiteBank(
+        SITE, width, max_steering=3, ops_per_site=ops, max_directions=ops * each, max_bound=4, device=device,
+        model_dtype=dtype, storage=storage, kernel=kernel,
+    )  # fmt: skip
+    for slot, one in enumerate(programs, 1):
+        made.pack(slot, one, {step.key: index % 2 for index, step in enumerate(one.steps)})
+    return made
+
+
+@st.composite
+def an_op(draw, width):
+    seed = draw(st.integers(0, 2**31))
+    v = torch.randn(3, width, generator=torch.Generator().manual_seed(seed))
+    options = {
+        "math": draw(st.sampled_from(["float32", "bfloat16", "float16", "model"])),
+        "max_ratio": draw(st.sampled_from([None, None, 0.05, 3.0])),
+    }
+    strength = draw(st.sampled_from([0.0, 0.02, -1.5, 300.0]))
+    low, high = sorted([draw(st.floats(-4, 4)), draw(st.floats(-4, 4))])
+    several = v[: min(draw(st.integers(1, 3)), width)]
+    return draw(
+        st.sampled_from(
+            [
+                Add(v[0], strength, **options),
+                Add(v[0], strength, "token_norm", **options),
+                Cap(v[0], low, high, **options),
+                Cap(v[0], min=high, **options),
+                Ablate(v[0], strength, **options),
+                SetProjection(v[0], strength, **options),
+                AblateSubspace(several, strength, **options),
+                CapSubspace(several, max=high, **options),
+            ]
+        )
+    )
+
+
+@st.composite
+def a_step(draw):
+    width = draw(st.sampled_from([1, 2, 3, 7, 16, 33, 48]))
+    n = draw(st.integers(1, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    programs = [
+        program([draw(an_op(width)) for _ in range(draw(st.integers(1, 3)))], width)
+        for _ in range(draw(st.integers(1, 3)))
+    ]
+    scale = draw(st.sampled_from([1e-5, 1.0, 1.0, 30000.0]))
+    gain = torch.rand(n, 2, generator=generator) * 2
+    gain[torch.rand(n, 2, generator=generator) < 0.3] = float("nan")
+    gain[torch.rand(n, 2, generator=generator) < 0.2] = 1.0
+    rows = StepRows(
+        n,
+        torch.randint(0, 5, (n,), generator=generator, dtype=torch.int32),
+        torch.tensor([0, *draw(st.permutations([0, 1, 2, 3]))], dtype=torch.int32),
+        gain,
+        torch.arange(n),
+    )
+    dtype = draw(st.sampled_from(DTYPES))
+    x = (torch.randn(n, width, generator=generator) * scale).to(dtype)
+    x[torch.rand(n, width, generator=generator) < 0.1] = -0.0
+    residual = (torch.randn(n, width, generator=generator) * scale).to(dtype) if draw(st.booleans()) else None
+    storage = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    return programs, rows, x, residual, storage, draw(st.booleans())
+
+
+@compiled
+@given(a_step())
+@settings(max_examples=300)
+def test_both_kernels_agree_to_the_bit(step):
+    programs, rows, x, residual, storage, full = step
+    results = []
+    for kernel in ("auto", "torch"):
+        made = bank(kernel, x.shape[1], x.dtype, programs, storage=storage)
+        got = x.clone()
+        dose = torch.full((rows.n, 3, 5), -7.0) if full else None
+        made.apply_(got, residual, rows, dose)
+        results.append((got, made.counts, dose))
+    (a, counts_a, dose_a), (b, counts_b, dose_b) = results
+    assert torch.equal(bits(a), bits(b))
+    assert torch.equal(counts_a, counts_b)
+    if full:
+        assert torch.equal(dose_a.nan_to_num(-9.0), dose_b.nan_to_num(-9.0))
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+@pytest.mark.parametrize("width", [40, 1000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_the_rows_beside_it(dtype, width, kernel):
+    n = 400 if width == 1000 and kernel == "auto" else 9  # enough rows for several threads
+    ops = [Cap(torch.randn(width), -1.0, 1.0), Add(torch.randn(width), 0.1, "token_norm", max_ratio=0.05)]
+    made = bank(kernel, width, dtype, [program(ops, width)])
+    x, residual = torch.randn(n, width).to(dtype), torch.randn(n, width).to(dtype)
+    owner = torch.ones(n, dtype=torch.int32)
+    slots = torch.tensor([0, 1, 0, 0, 0], dtype=torch.int32)
+    together = x.clone()
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        made.apply_(together, residual, StepRows(n, owner, slots, torch.ones(n, 2), torch.arange(n)))
+    finally:
+        torch.set_num_threads(threads)
+    assert made.counts[1, :2, 0].tolist() == [n, n]
+    for i in range(0, n, max(1, n // 9)):
+        alone = x[i : i + 1].clone()
+        one = StepRows(1, owner[:1], slots, torch.ones(1, 2), torch.arange(1))
+        made.apply_(alone, residual[i : i + 1], one)
+        assert torch.equal(bits(alone[0]), bits(together[i]))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_rounded_and_written_as_torch_does(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    rows = StepRows(1, torch.ones(1, dtype=torch.int32), torch.ones(2, dtype=torch.int32), torch.ones(1, 1), every)
+    for other in (0.0, 1.0, -3e-8, 1e-5, 60000.0, float("-inf")):
+        x = torch.full_like(every, other)[None]
+        got = every[None].clone()
+        update_residual_(got, x, rows, "add")
+        want = every[None] + x
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(
+            bits(got.nan_to_num(0.0, float("inf"), float("-inf"))),
+            bits(want.nan_to_num(0.0, float("inf"), float("-inf"))),
+        )
+
+
+@pytest.mark.parametrize("kernel", ["auto", "torch"])
+@pytest.mark.parametrize("math", ["bfloat16", "float16"])
+def test_every_number_of_the_math_dtype_is_multiplied_as_torch_does(math, kernel):
+    dtype = getattr(torch, math)
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    every = every[torch.isfinite(every) & (every != 0) & (every.abs() < 1e30)]
+    width = every.shape[0]
+    made = bank(kernel, width, torch.float32, [program([Add(every.float(), 1.0, math=math)], width)], ops=1, each=1)
+    for gain in (0.3, 1e-3, 1.7):
+        got = torch.zeros(1, width)
+        one = torch.ones(1, dtype=torch.int32)
+        made.apply_(
+            got, None, StepRows(1, one, torch.tensor([0, 1, 0, 0, 0], dtype=torch.int32), torch.full((1, 2), gain), one)
+        )
+        want = (every * torch.tensor(gain).to(dtype)).float()
+        held = torch.isfinite(want)
+        assert torch.equal(got[0][held], want[held])
+        assert bool((got[0][~held].abs() == torch.finfo(torch.float32).max).all())
+
+
+def test_the_torch_form_never_looks_at_its_data():
+    """A fake tensor has no numbers: reading one, or a shape that depends on one, raises."""
+    with FakeTensorMode():
+        tables = _form.Tables(
+            torch.zeros(4, 2, 8, dtype=torch.int32),
+            torch.zeros(4, 2, 4),
+            torch.zeros(4, 2, 2, 24),
+            torch.zeros(4, 2, 2, 4),
+            torch.zeros(5, 2, 3, dtype=torch.int64),
+        )
+        x = torch.zeros(6, 24, dtype=torch.bfloat16)
+        binding, slots = torch.zeros(6, dtype=torch.int32), torch.zeros(5, dtype=torch.int32)
+        _form.steer(tables, x, x.clone(), torch.zeros(6, 2, 5), binding, slots, torch.zeros(6, 3), sweeps=3)
+        _form.update(x, x.clone(), binding, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_device_graph_follows_the_tables(dtype):
+    width, n = 96, 8
+    programs = [program([Cap(torch.randn(width), -0.1, 0.1), Add(torch.randn(width), 0.3)], width)]
+    programs.append(program([AblateSubspace(torch.randn(2, width), 0.0, math="bfloat16")], width))
+    x, residual = torch.randn(n, width).to(dtype), torch.randn(n, width).to(dtype)
+    rows = StepRows(
+        n, torch.zeros(n, dtype=torch.int32), torch.tensor([0, 1, 2, 0, 0], dtype=torch.int32),
+        torch.ones(n, 2), torch.arange(n),
+    )  # fmt: skip
+    there = StepRows(n, *(one.cuda() for one in (rows.binding, rows.slot_of, rows.gain, rows.positions)))
+    made = bank("auto", width, dtype, [], device="cuda", each=2)
+    got, stream, start = x.cuda(), residual.cuda(), x.cuda()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        made.apply_(got, stream, there)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got.copy_(start)
+        made.apply_(got, stream, there)
+    for slot, one in enumerate(programs, 1):
+        made.pack(slot, one, {step.key: index % 2 for index, step in enumerate(one.steps)})
+    rows.binding.copy_(torch.tensor([1, 2, 0, 1, 3, 2, 1, 0]))
+    there.binding.copy_(rows.binding)
+    graph.replay()
+    torch.cuda.synchronize()
+    want = x.clone()
+    here = bank("auto", width, dtype, programs, each=2)
+    here.apply_(want, residual, rows)
+    assert torch.equal(bits(got.cpu()), bits(want))
+    assert torch.equal(made.counts.cpu(), here.counts)
+
+
+@pytest.fixture
+def toolchain(tmp_path, monkeypatch):
+    """A cache of its own, and a compiler that copies a library that exists; returns the log of its calls."""
+    if shutil.which("sh") is None or native() is None:
+        pytest.skip("needs a shell and a built library")
+    built = _build.cache_folder() / f"steer-{_build.digest()}.so"
+    if not built.is_file():
+        pytest.skip("the library lies in no cache")
+    log = tmp_path / "calls"
+    script = tmp_path / "compiler"
+    script.write_text(f'#!/bin/sh\necho call >> {log}\nwhile [ "$1" != "-o" ]; do shift; done\ncp {built} "$2"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "cache"))
+    return log
+
+
+def test_a_library_is_built_once_and_whole(toolchain, tmp_path):
+    first = _build._library(tmp_path)
+    assert _build._library(tmp_path) == first
+    assert toolchain.read_text().count("call") == 1
+    assert [one.name for one in first.parent.iterdir()] == [first.name]
+    first.unlink()
+    found = []
+    workers = [threading.Thread(target=lambda: found.append(_build._library(tmp_path))) for _ in range(4)]
+    for one in workers:
+        one.start()
+    for one in workers:
+        one.join()
+    assert found == [first] * 4
+    assert [one.name for one in first.parent.iterdir()] == [first.name]
+
+
+def test_another_source_or_compiler_is_another_library(toolchain, tmp_path, monkeypatch):
+    first = _build.digest()
+    source = tmp_path / "other.cpp"
+    source.write_text(_build.SOURCE.read_text() + "\n")
+    monkeypatch.setattr(_build, "SOURCE", source)
+    second = _build.digest()
+    monkeypatch.setattr(_build, "FLAGS", (*_build.FLAGS, "-g"))
+    third = _build.digest()
+    monkeypatch.setenv("CXX", "another")
+    assert len({first, second, third, _build.digest()}) == 4
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(toolchain, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file"))
+    private = tmp_path / "private"
+    private.mkdir()
+    assert _build._library(private).parent == private
+
+
+def test_without_a_compiler_the_torch_form_runs_and_says_so_once(tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path))
+    with caplog.at_level(logging.WARNING, "trimtab"):
+        assert _build.native.__wrapped__() is None
+    (record,) = caplog.records
+    assert "no-such-compiler" in record.getMessage()
+    assert list(Path(tmp_path).rglob("*.so")) == []
+    monkeypatch.setattr("trimtab.backends.vllm.bank.native", lambda: None)
+    x = torch.zeros(2, 4)
+    rows = StepRows(2, torch.ones(2, dtype=torch.int32), torch.tensor([0, 1]), torch.ones(2, 2), torch.arange(2))
+    bank("auto", 4, torch.float32, [program([Add(torch.ones(4), 2.0)], 4)]).apply_(x, None, rows)
+    r = torch.ones(2, 4)
+    update_residual_(r, x, rows, "add")
+    assert bool((r == 3.0).all())

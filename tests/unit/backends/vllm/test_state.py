@@ -1,0 +1,311 @@
+"""What a worker holds, without an engine: refusals at registration, slots and places, what requests leave."""
+
+from __future__ import annotations
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from trimtab.backends.vllm import state as module
+from trimtab.backends.vllm.answers import answer
+from trimtab.backends.vllm.client import Client
+from trimtab.backends.vllm.config import PluginConfig
+from trimtab.backends.vllm.state import WorkerState
+from trimtab.backends.vllm.taps import Stage, Tap, VllmMap
+from trimtab.backends.vllm.wire import CaptureSpec, RequestData
+from trimtab.backends.vllm.worker import install
+from trimtab.errors import BackendError, InputError, SiteError, SteeringError, TrimtabError, VectorError
+from trimtab.sites import Site
+from trimtab.steering import Add, Cap, CapSubspace, Edit, LowRank, Patch, Steering
+
+WIDTH, LAYERS = 8, 2
+POSTS = [Site.parse(f"layers.{layer}.resid_post") for layer in range(LAYERS)]
+OUTS = [Site.parse(f"layers.{layer}.mlp_out") for layer in range(LAYERS)]
+
+
+class Model(torch.nn.Module):
+    """Two blocks that change nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(LAYERS))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x.clone())
+        return x
+
+
+def worker(dtype: torch.dtype = torch.float32, **settings: Any) -> WorkerState:
+    taps = tuple(
+        Tap(f"layers.{n}", f"layers.{n}", "output", None, None, (Stage(OUTS[n]), Stage(POSTS[n])), "none", WIDTH)
+        for n in range(LAYERS)
+    )
+    sites = VllmMap(
+        family="toy",
+        num_layers=LAYERS,
+        layers=range(LAYERS),
+        hidden_size=WIDTH,
+        first_layer_has_residual=False,
+        sites_widths=dict.fromkeys((*POSTS, *OUTS), WIDTH),
+        absent={},
+        every_tap=taps,
+    )
+    config = PluginConfig(**({"sites": ["layers.*.resid_post"], "max_steering": 2} | settings))
+    device = torch.device("cpu")
+    return WorkerState(config, sites, max_rows=32, max_requests=4, max_length=64, dtype=dtype, device=device)
+
+
+def steered(**settings: Any) -> tuple[WorkerState, Model]:
+    """Return a worker's state and its model with the taps in it."""
+    state, model = worker(**settings), Model()
+    model.live = install(model, state)  # type: ignore[assignment]
+    return state, model
+
+
+def vector(seed: int) -> torch.Tensor:
+    return torch.randn(WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def add(seed: int, layer: int = 0, **more: Any) -> Steering:
+    return Steering({f"layers.{layer}.resid_post": [Add(vector(seed))]}, **more)
+
+
+def bind(state: WorkerState, name: str, steering: Steering | None = None, **more: Any) -> None:
+    digest = None if steering is None else state.register(steering.dumps())
+    data = RequestData(label=more.pop("label", name), digest=digest, **more)
+    state.bind(name, {"trimtab": data.to_wire()}, [1, 2, 3], 8)
+
+
+def run(state: WorkerState, model: Model, names: list[str], counts: list[int], computed: list[int]) -> torch.Tensor:
+    starts = np.cumsum([0, *counts])
+    ids = torch.ones(int(starts[-1]), dtype=torch.int64)
+    state.begin(names, starts, np.array(computed), ids, None, None)
+    out: torch.Tensor = model(torch.arange(int(starts[-1]) * WIDTH).reshape(-1, WIDTH).to(torch.float32))
+    state.end()
+    return out
+
+
+@pytest.mark.parametrize(
+    ("steering", "error", "said"),
+    [
+        (Steering({"layers.0.resid_post": [Add(torch.ones(WIDTH + 1))]}), VectorError, "wid"),
+        (Steering({"layers.7.resid_post": [Add(torch.ones(WIDTH))]}), SiteError, "layers"),
+        (Steering({"layers.0.mlp_out": [Add(torch.ones(WIDTH))]}), SiteError, "does not steer layers.0.mlp_out"),
+        (Steering({"layers.0.resid_post": [Add(vector(n)) for n in range(3)]}), SteeringError, "ops_per_site=3"),
+        (
+            Steering({"layers.0.resid_post": [Patch(vector(n)[None]) for n in range(3)]}, positions="0:1"),
+            SteeringError,
+            "3 ops and the engine holds 2",
+        ),
+        (
+            Steering({"layers.0.resid_post": [CapSubspace(torch.eye(WIDTH)[:2], max=1.0)]}),
+            SteeringError,
+            "directions_per_op=2",
+        ),
+        (
+            add(1, positions="1:2") + add(2, layer=1, positions="2:3"),
+            SteeringError,
+            "2 different pairs .* holds 1; raise keys_per_steering",
+        ),
+    ],
+)  # fmt: skip
+def test_a_steering_that_does_not_fit_is_refused_in_one_line(
+    steering: Steering, error: type[TrimtabError], said: str
+) -> None:
+    state = worker(keys_per_steering=1)
+    with pytest.raises(error, match=said) as refused:
+        state.register(steering.dumps())
+    assert "\n" not in str(refused.value)
+    assert state.stats()["registered"] == 0
+    assert state.register(add(1).dumps())
+
+
+@pytest.mark.parametrize("payload", [b"", b"{}", b"\x80\x04pickle", b"\xff" * 40, add(1).dumps()[:-3]])
+def test_bytes_that_are_no_steering_are_refused(payload: bytes) -> None:
+    with pytest.raises(TrimtabError):
+        worker().register(payload)
+
+
+def test_code_cannot_be_sent() -> None:
+    with pytest.raises(SteeringError, match="Edit"):
+        Steering({"layers.0.resid_post": [Edit(lambda h: h)]}).dumps()
+
+
+def test_a_request_for_an_unknown_steering_or_of_another_form_leaves_nothing_behind() -> None:
+    state = worker()
+    for extra, error in (
+        (RequestData(label="a", digest="f" * 64).to_wire(), BackendError),
+        ({"v": 99, "id": "a"}, InputError),
+        (RequestData(label="a", capture=CaptureSpec(sites=("nowhere",))).to_wire(), TrimtabError),
+        (RequestData(label="a", capture=CaptureSpec(sites=(), positions="tokens{")).to_wire(), TrimtabError),
+    ):
+        for _ in range(40):  # more often than there are places
+            with pytest.raises(error):
+                state.bind("r", {"trimtab": extra}, [1], 4)
+    assert not state.bound
+    bind(state, "r", add(1))
+    assert state.stats()["active"] == 1
+
+
+def test_places_and_slots_come_back_and_equal_steerings_share_one() -> None:
+    state, model = steered()
+    for number in range(30):
+        bind(state, f"a{number}", add(number % 2))
+        bind(state, f"b{number}", add(number % 2))
+        assert state.stats()["active"] == 1
+        out = run(state, model, [f"a{number}", f"b{number}"], [2, 3], [0, 0])
+        plain = torch.arange(5 * WIDTH).reshape(5, WIDTH).float()
+        torch.testing.assert_close(out, plain + vector(number % 2))
+        state.release(f"a{number}")
+        state.release(f"b{number}")
+        state.release("never seen")
+    stats = state.stats()
+    assert (stats["registered"], stats["resident"], stats["active"], stats["tracked"]) == (2, 2, 0, 0)
+    assert stats["left"] == 60
+    found = state.collect([f"a{number}" for number in range(30)])
+    assert [one[0].doses[0].rows for one in found.values()] == [2] * 30
+    assert [found[f"a{number}"][0].digest for number in range(30)] == [add(number % 2).digest for number in range(30)]
+
+
+def test_a_slot_that_is_taken_over_steers_by_its_new_owner_alone() -> None:
+    state, model = steered(max_steering=1)
+    two = Steering({"layers.*.resid_post": [Add(vector(5)), Add(vector(6))]})
+    bind(state, "first", two)
+    run(state, model, ["first"], [2], [0])
+    state.release("first")
+    bind(state, "second", add(7, layer=1))
+    out = run(state, model, ["second"], [2], [0])
+    torch.testing.assert_close(out, torch.arange(2 * WIDTH).reshape(2, WIDTH).float() + vector(7))
+    with pytest.raises(BackendError, match="slots"):
+        bind(state, "third", two)
+
+
+def test_a_steering_in_use_is_not_forgotten() -> None:
+    state = worker()
+    bind(state, "r", add(1))
+    with pytest.raises(BackendError, match="used by 1 running"):
+        state.forget([add(1).digest])
+    state.release("r")
+    state.forget([add(1).digest, "unknown"])
+    assert state.stats()["registered"] == 0
+
+
+def test_what_nobody_collects_is_dropped_at_a_limit_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "MAX_LEFT", 3)
+    state = worker()
+    with caplog.at_level(logging.WARNING):
+        for number in range(5):
+            bind(state, f"r{number}")
+            state.release(f"r{number}")
+    assert "dropped: r0" in caplog.text
+    assert sorted(state.collect([f"r{number}" for number in range(5)])) == ["r2", "r3", "r4"]
+    assert (state.dropped, state.stats()["left"], state.stats()["left_bytes"]) == (2, 0, 0)
+
+
+def test_what_is_discarded_is_kept_neither_now_nor_later() -> None:
+    state, model = steered()
+    capture = CaptureSpec(sites=("layers.0.resid_post",))
+    for name in ("ended", "running"):
+        bind(state, name, add(1), capture=capture)
+    run(state, model, ["ended", "running"], [2, 3], [0, 0])
+    state.release("ended")
+    assert state.stats()["left_bytes"] == 2 * WIDTH * 4
+    state.discard(["ended", "running", "unknown"])
+    out = run(state, model, ["running"], [1], [3])
+    torch.testing.assert_close(out, torch.arange(WIDTH).reshape(1, WIDTH).float() + vector(1))  # it still acts
+    state.release("running")
+    stats = state.stats()
+    assert (stats["left"], stats["left_bytes"], stats["recorded_bytes"], stats["tracked"]) == (0, 0, 0, 0)
+
+
+def test_children_of_one_request_are_kept_apart() -> None:
+    state, model = steered()
+    for number, count in ((0, 2), (1, 3)):
+        bind(state, f"{number}_r", add(1), label="parent")
+        run(state, model, [f"{number}_r"], [count], [0])
+        state.release(f"{number}_r")
+    (lefts,) = state.collect(["parent"]).values()
+    assert [(one.req_id, one.rows, one.doses[0].rows) for one in lefts] == [("0_r", 2, 2), ("1_r", 3, 3)]
+
+
+def test_a_request_gets_the_states_it_asked_for_whatever_its_neighbour_records() -> None:
+    state, model = steered()
+    for name, edit in (("a", ("before",)), ("b", ("before", "after"))):
+        bind(state, name, add(1), capture=CaptureSpec(sites=("layers.0.resid_post",), edit=edit))
+    run(state, model, ["a", "b"], [1, 1], [0, 0])
+    for name, edits in (("a", ["before"]), ("b", ["after", "before"])):
+        state.release(name)
+        (left,) = state.collect([name])[name]
+        assert sorted(edit for _, edit in left.captured) == edits
+
+
+def outside(steering: Steering) -> tuple[WorkerState, Model]:
+    state, model = steered()
+    bind(state, "special", steering, dose="full")
+    bind(state, "other", add(3))
+    return state, model
+
+
+def test_ops_outside_the_banks_act_count_and_measure_like_the_others() -> None:
+    left, right = torch.randn(2, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+    op = LowRank(left, None, right.T)
+    steering = Steering({"layers.0.resid_post": [op, Cap(vector(9), max=0.5)]}, positions="1:")
+    state, model = outside(steering)
+    states = torch.arange(5 * WIDTH).reshape(5, WIDTH).float()
+    out = run(state, model, ["special", "other"], [3, 2], [0, 0])
+    program = steering.resolve(num_layers=LAYERS, hidden_size=WIDTH, sites=POSTS)[POSTS[0]]
+    expected = program.apply(states[:3], positions=torch.arange(3), prompt_length=3, detail="full")
+    torch.testing.assert_close(out[:3], expected.h)
+    torch.testing.assert_close(out[3:], states[3:] + vector(3))
+    out = run(state, model, ["special", "other"], [4, 1], [0, 2])  # computed again after a preemption, and one more
+    state.release("special")
+    (one,) = state.collect(["special"])["special"]
+    assert [dose.rows for dose in one.doses] == [3, 3]
+    assert [dose.selected for dose in one.doses] == [3, 3]
+    ((ops, positions, values),) = [(found.ops, found.positions, found.values) for found in one.full]
+    assert [number for _, number in ops] == [0, 1]
+    assert positions.tolist() == [1, 2, 3]
+    for number, dose in enumerate(expected.dose):
+        measured = values[number, :2]
+        for column, name in enumerate(("p_before", "p_after", "cap_delta", "clamped", "ratio")):
+            torch.testing.assert_close(measured[:, column], getattr(dose, name).float(), rtol=1e-5, atol=1e-5)
+    assert not one.problems
+
+
+def test_an_op_that_cannot_act_says_so_and_leaves_the_others_alone() -> None:
+    steering = Steering({"layers.0.resid_post": [Patch(torch.ones(2, WIDTH))]})  # two rows for every position
+    state, model = outside(steering)
+    states = torch.arange(5 * WIDTH).reshape(5, WIDTH).float()
+    out = run(state, model, ["special", "other"], [3, 2], [0, 0])
+    torch.testing.assert_close(out[:3], states[:3])
+    torch.testing.assert_close(out[3:], states[3:] + vector(3))
+    state.release("special")
+    (one,) = state.collect(["special"])["special"]
+    assert len(one.problems) == 1
+    assert "Patch" in one.problems[0]
+
+
+def test_a_steering_is_sent_once_however_many_requests_name_it() -> None:
+    state, _ = steered()
+    remote: Any = SimpleNamespace(state=state, taps=[], tp_rank=0, pp_rank=0, engine=0, workers=1)
+    asked = []
+
+    def collective_rpc(method: str, args: tuple[str, bytes]) -> list[bytes]:
+        asked.append(args[0])
+        return [answer(remote, *args)]
+
+    client = Client(SimpleNamespace(collective_rpc=collective_rpc))
+    entries = [client.extra_args(add(number % 2))["trimtab"] for number in range(20)]
+    assert asked == ["hello", "register", "register"]
+    assert len({id(entry["steering"]) for entry in entries}) == 2
+    assert len({entry["id"] for entry in entries}) == 20
+    with pytest.raises(VectorError):
+        client.register(Steering({"layers.0.resid_post": [Add(torch.ones(WIDTH + 1))]}))
+    assert client.stats()[0]["registered"] == 2

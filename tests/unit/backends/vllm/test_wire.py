@@ -1,0 +1,77 @@
+"""What travels with a request comes out as it went in, however it travels."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trimtab.backends.vllm.wire import VERSION, CaptureSpec, RequestData, from_bytes, to_bytes
+from trimtab.errors import InputError
+
+words = st.text(max_size=8)
+gains = st.sampled_from(['{"kind": "Constant", "value": "0x1.0p+0"}', '{"a": "0x1.8p-1", "kind": "Decay"}'])
+captures = st.builds(
+    CaptureSpec,
+    sites=st.tuples(words, words),
+    edit=st.sampled_from([("before",), ("after",), ("before", "after")]),
+    positions=words,
+    prompt_logits=st.booleans(),
+)
+requests = st.builds(
+    RequestData,
+    label=words,
+    digest=st.just("d" * 64),
+    ops=st.lists(st.tuples(words, words, gains), max_size=3).map(tuple),
+    capture=st.none() | captures,
+    forced=st.none() | st.lists(st.integers(0, 1 << 31), max_size=4).map(tuple),
+    dose=st.sampled_from(["counts", "full"]),
+    salt=st.none() | words,
+)
+
+
+def fields(one: RequestData) -> Any:
+    ops = [(op, where, json.loads(gain)) for op, where, gain in one.ops]
+    return one.label, one.digest, ops, one.capture, one.forced, one.dose, one.salt
+
+
+@given(requests)
+def test_a_request_is_the_same_on_the_other_side(data: RequestData) -> None:
+    entry = data.to_wire()
+    for travelled in (entry, copy.deepcopy(entry), json.loads(json.dumps(entry)), pickle.loads(pickle.dumps(entry))):
+        found = RequestData.of({"trimtab": travelled, "other": 1})
+        assert found is not None
+        assert fields(found) == fields(data)
+
+
+def test_a_copy_of_the_parameters_shares_the_entry_and_another_process_gets_plain_data() -> None:
+    entry = RequestData(label="a").to_wire()
+    assert copy.deepcopy({"x": entry})["x"] is entry
+    assert type(pickle.loads(pickle.dumps(entry))) is dict
+
+
+def test_a_request_without_our_part_is_nobodys() -> None:
+    assert RequestData.of(None) is None
+    assert RequestData.of({}) is None
+    assert RequestData.of({"kv_transfer_params": {}}) is None
+
+
+@pytest.mark.parametrize(
+    "entry", ["name:0.5", 3, [], {}, {"v": VERSION}, {"id": "a"}, {"v": VERSION + 1, "id": "a"}, {"v": None, "id": "a"}]
+)
+def test_what_another_hand_made_is_refused_in_one_line(entry: Any) -> None:
+    with pytest.raises(InputError, match="attach") as refused:
+        RequestData.of({"trimtab": entry})
+    assert "\n" not in str(refused.value)
+
+
+@given(
+    st.recursive(st.none() | st.integers(-(2**53), 2**53) | words, lambda x: st.lists(x) | st.dictionaries(words, x))
+)
+def test_documents_travel_as_bytes(document: Any) -> None:
+    assert from_bytes(to_bytes(document)) == document

@@ -1,0 +1,182 @@
+"""The scaling test on the embedded model: what steers, what does not, what is kept."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trimtab.backends import open_backend
+from trimtab.errors import InputError, RecipeError, UnfinishedError
+from trimtab.evaluate.scorers import Output
+from trimtab.report import _stress as page
+from trimtab.results import from_json
+from trimtab.results.stress import Stress
+from trimtab.testbed import CONCEPTS, TONES, lexicon
+from trimtab.workflows.stress import stress
+from trimtab.workflows.stress.outputs import is_coherent
+from trimtab.workflows.stress.sources import PROMPTS, contrasted, half_words
+from trimtab.workflows.stress.sources import testbed_attribute as make_attribute
+
+TINY: dict[str, Any] = {
+    "sizes": (2, 4),
+    "strengths": (-1, 0, 1),
+    "num_prompts": 2,
+    "seeds": 2,
+    "max_seeds": 2,
+    "max_tokens": 12,
+    "controls": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    backend = open_backend("hf", "testbed", dtype="float32", device="cpu", batch_size=240)
+    yield backend
+    backend.close()
+
+
+@pytest.fixture(scope="module")
+def tiny(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Stress:
+    return stress(model, ["animal", "cheerful"], out=tmp_path_factory.mktemp("stress") / "run", **TINY)
+
+
+def test_the_two_scorers_share_no_word_and_the_prompts_hold_none() -> None:
+    for name in (*CONCEPTS, *TONES):
+        halves = [half_words(name, half) for half in (0, 1)]
+        assert not halves[0] & halves[1]
+        assert halves[0] | halves[1] == lexicon.evidence_words(name)
+        assert all(lexicon.evidence_words(name).isdisjoint(lexicon.tokenize(one)) for one in PROMPTS)
+
+
+def test_delta_is_the_share_less_the_mean_share_of_the_others_on_the_continuation_alone() -> None:
+    one = make_attribute("animal", 2, 0)
+    first, second = sorted(lexicon.evidence_words("animal"))[:2]
+    lamp = sorted(lexicon.evidence_words("object"))[0]
+    outputs = [Output(question="the " + first, text=text) for text in (f"the {first}.", f"the {lamp}", f"the {second}")]
+    assert contrasted(one.delta, "animal", outputs) == pytest.approx([1.0, -0.25, 0.0])
+    assert contrasted(one.judge, "animal", outputs) == pytest.approx([0.0, 0.0, 1.0])
+
+
+def test_coherent_as_defined() -> None:
+    varied = list(range(20))
+    assert is_coherent(varied, 1.5, 1.0)
+    assert not is_coherent(varied, 1.51, 1.0)
+    assert not is_coherent(varied[:9], 1.0, 1.0)
+    assert not is_coherent([1, 2, 3, 4] * 5, 1.0, 1.0)
+
+
+def test_held_out_texts_are_not_those_of_training_and_labels_are_exchanged() -> None:
+    plain, noisy = make_attribute("gloomy", 40, 3), make_attribute("gloomy", 40, 3, 0.4)
+    assert {one.text for one in plain.train.examples}.isdisjoint(one.text for one in plain.held_out.examples)
+    exchanged = [a.text != b.text for a, b in zip(plain.train.examples, noisy.train.examples, strict=True)]
+    assert 0.2 < np.mean(exchanged) < 0.6
+    assert [one.text for one in plain.first(4).examples] == [one.text for one in plain.first(8).examples][:4] + [
+        one.text for one in plain.first(8).examples
+    ][8:12]
+
+
+def test_the_run_says_everything_and_keeps_it(tiny: Stress) -> None:
+    path = Path(tiny.path)
+    assert from_json(Stress, (path / "result.json").read_text()) == tiny
+    assert len(list(csv.DictReader((path / "points.csv").read_text().splitlines()))) == 4
+    assert len(list(csv.DictReader((path / "strengths.csv").read_text().splitlines()))) == 12
+    assert "unsteered-000" in (path / "stress.log").read_text()
+    assert all(one.effectiveness.n == 12 and one.f1 > 0.5 for one in tiny.points)
+    assert all(one.ram_bytes > 0 and one.generate_seconds > 0 for one in tiny.points)
+    assert tiny.outputs == 4 + 5 * 8
+    assert "95th percentile of 1 random direction" in tiny.conclusion
+    assert tiny.curves[0].knee.status == "undecided"
+
+
+def test_a_finished_run_is_not_repeated_and_another_is_refused(tiny: Stress, model: Any) -> None:
+    path = Path(tiny.path)
+    before = {one: one.stat().st_mtime_ns for one in (path / "blocks").iterdir()}
+    again = stress(model, ["animal", "cheerful"], out=path, **TINY)
+    assert again.points == tiny.points
+    assert before == {one: one.stat().st_mtime_ns for one in (path / "blocks").iterdir()}
+    with pytest.raises(RecipeError, match="max_tokens"):
+        stress(model, ["animal", "cheerful"], out=path, **{**TINY, "max_tokens": 13})
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(
+    tiny: Stress, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate, calls = model.generate, []
+
+    def stopping(requests: Any, **options: Any) -> Any:
+        if requests[0].max_new_tokens:
+            calls.append(len(requests))
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+        return generate(requests, **options)
+
+    monkeypatch.setattr(model, "generate", stopping)
+    with pytest.raises(UnfinishedError, match="go on with the same command"):
+        stress(model, ["animal", "cheerful"], out=tmp_path / "run", **TINY)
+    resumed = stress(model, ["animal", "cheerful"], out=tmp_path / "run", **TINY)
+    assert len(calls) == 7  # six blocks, and the one that was interrupted
+    assert [one.effectiveness for one in resumed.points] == [one.effectiveness for one in tiny.points]
+
+
+def test_the_page_and_the_text_say_the_conclusion(tiny: Stress) -> None:
+    html = page.render(tiny)
+    assert "Delta against strength" in html and "Training curve" in html and "Memory" in html
+    assert "examples a label (lowest" in html
+    assert "nan" not in html.split("<main")[1]
+    assert "Random directions" in page.render_text(tiny, width=100, color=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sizes": (2, 5)}, "with its double"),
+        ({"strengths": (0.5, 1, 2)}, "0 and at least two others"),
+        ({"temperature": 0.0}, "2 times the same"),
+        ({"methods": ()}, "at least one"),
+        ({"max_seeds": 1}, "at least one of each"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(
+    change: dict[str, Any], message: str, model: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=message):
+        stress(model, ["animal"], out=tmp_path / "run", **{**TINY, **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_attributes_and_other_models_are_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cheerful"):
+        stress(model, ["unicorn"], out=tmp_path / "run", **TINY)
+    with pytest.raises(InputError, match="no delta scorer"):
+        stress(model, out=tmp_path / "run", data={"a": "testbed:animal"}, **TINY)
+
+
+def test_mean_difference_steers_and_random_directions_do_not(model: Any, tmp_path: Path) -> None:
+    found = stress(model, ["animal"], out=tmp_path / "run", sizes=(8, 16), max_seeds=4, controls=4)
+    at = next(one for one in found.points if one.size == 16)
+    assert at.effectiveness.n == 280
+    assert at.effectiveness.se >= 0.7
+    assert at.f1 > 0.9
+    assert found.controls[0].p95 < 0.2
+
+
+@pytest.mark.full
+def test_every_attribute_steers_at_16_examples(model: Any, tmp_path: Path) -> None:
+    found = stress(model, out=tmp_path / "run", sizes=(8, 16), max_seeds=4, controls=100)
+    bands = {one.attribute: one for one in found.controls}
+    for one in found.points:
+        if one.size == 16:
+            assert one.effectiveness.se >= 0.7, one
+            assert one.effectiveness.se > bands[one.attribute].p99
+            assert bands[one.attribute].p95 < 0.2
+
+
+@pytest.mark.full
+def test_label_noise_moves_the_knee_to_larger_sizes(model: Any, tmp_path: Path) -> None:
+    clean, noisy = (stress(model, out=tmp_path / f"{noise}", label_noise=noise, controls=0) for noise in (0.0, 0.4))
+    early, late = (one.curves[0].knee.size or 128 for one in (clean, noisy))
+    assert late > early

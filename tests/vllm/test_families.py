@@ -1,0 +1,431 @@
+"""vLLM against transformers through our two backends: every family, and every op, on equal weights.
+
+The models are small and random; what an engine recorded is compared row by row with what our Hugging Face backend
+records under the same steering along the same tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from trimtab import testbed
+from trimtab.backends import Capture, Request, open_backend
+from trimtab.numerics.tolerances import engine_row_rel_l2
+from trimtab.sites import Site
+from trimtab.steering import (
+    Ablate,
+    AblateSubspace,
+    Add,
+    Cap,
+    CapSubspace,
+    LowRank,
+    Op,
+    Patch,
+    SetProjection,
+    Steering,
+)
+from trimtab.testing import models
+from trimtab.testing.memory import MemoryWriter
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.xdist_group("vllm"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test installs it"),
+    pytest.mark.filterwarnings("ignore"),
+]
+WIDTH, LAYERS, BOUND = 128, 3, 2e-5
+POINTS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
+ENDS = ("embed", "final_norm", "logits")
+
+SMALL = ("qwen3", "llama", "gemma3", "gpt_neox")
+"""Families of an ordinary test run: sequential, sandwich norms, parallel block."""
+MORE = (
+    "mixtral", "qwen2", "qwen2_moe", "qwen3_moe", "qwen3_next", "llama4", "gemma", "gemma2", "mistral", "phi3",
+    "olmo2", "gpt2", "gpt_neox_sequential", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe",
+)  # fmt: skip
+"""The first must hold experts: vLLM makes their process group when it starts, or never."""
+CANNOT = dict.fromkeys(
+    ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"),
+    "vLLM's module of this class imports torchvision, which the CPU requirements leave out",
+)
+"""Why a family does not run in vLLM on this CPU."""
+ENGINE: dict[str, dict[str, Any]] = {"llama4": {"block_size": 32}, "qwen3_next": {"dtype": "bfloat16"}}
+"""What vLLM asks for: a chunk of attention is whole blocks; linear attention on the CPU is in bfloat16."""
+FOLLOWED = (88, 3, 64, 21, 5, 99, 100, 14, 7, 56, 31, 12, 77, 43, 2, 9)
+"""Tokens that both engines follow where greedy ones would part by rounding."""
+PROMPTS = ((5, 17, 99, 3, 64, 28, 7), (40, 41, 42, 9, 11, 90, 77, 13, 8, 101, 60, 31) * 2)
+
+
+def family_model(family: str) -> nn.Module:
+    """Return a tiny model with heads of 32, the smallest that vLLM's CPU attention takes."""
+    config = models.tiny(family, layers=LAYERS).config
+    text: Any = config.get_text_config()
+    heads = {"hidden_size": WIDTH, "intermediate_size": 128, "moe_intermediate_size": 64, "head_dim": 32}
+    changes = {
+        **heads,
+        "shared_expert_intermediate_size": 64,
+        "n_embd": WIDTH,
+        "n_inner": 128,
+        "attention_chunk_size": 64,
+    }
+    changes |= {"intermediate_size_mlp": 128, "query_pre_attn_scalar": 32}
+    changes |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "attention_chunk_size": 32}
+    for name, value in changes.items():
+        if name in text.__dict__:
+            setattr(text, name, value)
+    if text.__dict__.get("num_key_value_heads", 1) is None:
+        del text.num_key_value_heads
+    if family == "llama4":
+        text.num_experts_per_tok = 1  # all that vLLM's experts do with a weight on their input
+    if family == "qwen3_moe":
+        del text.shared_expert_intermediate_size  # vLLM would make a shared expert, for which there are no weights
+    if family == "qwen3_vl_moe":
+        text.norm_topk_prob = True
+    if "_vl" in family:
+        text.rope_parameters = {**text.rope_parameters, "mrope_section": [4, 6, 6]}
+        vision = config.vision_config
+        for name in ("out_hidden_size", "hidden_size") if family == "qwen2_vl" else ("out_hidden_size",):
+            setattr(vision, name, WIDTH)
+    tied = family == "gemma2"  # vLLM's class has no head of its own
+    if tied:
+        config.tie_word_embeddings = True
+    kind = type(models.tiny(family, layers=LAYERS))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(7)
+        model: nn.Module = kind(config).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                models._randomise(name, parameter)
+    if tied:
+        model.tie_weights()
+    config.architectures = [kind.__name__]
+    return model
+
+
+def save(family: str, folder: Path) -> Path:
+    model: Any = family_model(family)
+    model.save_pretrained(folder)
+    return folder
+
+
+@functools.cache
+def direction(seed: int, width: int = WIDTH, rows: int = 1) -> Tensor:
+    drawn = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    return drawn[0] if rows == 1 else drawn
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request, for both backends."""
+
+    prompt: tuple[int, ...]
+    steering: Steering | None
+    sites: tuple[str, ...]
+    tokens: int
+
+
+class Group:
+    """Engines that share a process, and the reference of each request."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.plan: list[dict[str, Any]] = []
+        self.models: dict[str, tuple[Path | str, str]] = {}
+        self.asked: dict[str, list[Asked]] = {}
+        self.forced: dict[str, list[tuple[int, ...]] | None] = {}
+
+    def add(
+        self,
+        name: str,
+        model: Path,
+        asked: list[Asked],
+        *,
+        settings: dict[str, Any],
+        dtype: str = "float32",
+        forced: list[tuple[int, ...]] | None = None,
+        **engine: Any,
+    ) -> None:
+        """Plan an engine."""
+        requests = []
+        for number, one in enumerate(asked):
+            path = None
+            if one.steering is not None:
+                path = self.folder / f"{name}-{number}.steering"
+                one.steering.save(path)
+            requests.append(
+                {
+                    "prompt": one.prompt,
+                    "steering": None if path is None else str(path),
+                    "sites": one.sites,
+                    "tokens": one.tokens,
+                    "forced": None if forced is None else forced[number],
+                }
+            )
+        self.models[name], self.asked[name], self.forced[name] = (model, dtype), asked, forced
+        engine = {"dtype": dtype, "enforce_eager": True, **engine}
+        self.plan.append(
+            {"name": name, "model": str(model), "settings": settings, "engine": engine, "requests": requests}
+        )
+
+    def run(self) -> None:
+        """Run the engines, one after the other."""
+        path = self.folder / "plan.json"
+        path.write_text(json.dumps(self.plan))
+        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, str(Path(__file__).with_name("families_engine.py")), str(path)],
+            env=os.environ | settings | {"VLLM_LOGGING_LEVEL": "ERROR"},
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+        )
+        (self.folder / "said.txt").write_text(done.stdout + done.stderr)
+
+    def found(self, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Return what an engine made."""
+        path = self.folder / f"{name}.json"
+        assert path.exists(), (self.folder / "said.txt").read_text()[-3000:]
+        document = json.loads(path.read_text())
+        assert "error" not in document, document["error"][-3000:]
+        return document, safetensors.torch.load_file(self.folder / f"{name}.safetensors")
+
+    def reference(self, name: str, dtype: str | None = None) -> tuple[list[tuple[int, ...]], MemoryWriter]:
+        """Return the tokens and rows of our Hugging Face backend, in the engine's dtype or another."""
+        model, own = self.models[name]
+        backend = open_backend("hf", str(model), dtype=dtype or own)
+        forced = self.forced[name]
+        writer = MemoryWriter()
+        sites = self.asked[name][0].sites
+        made = backend.generate(
+            [
+                Request(
+                    prompt=one.prompt,
+                    id=str(number),
+                    steering=one.steering,
+                    max_new_tokens=one.tokens,
+                    forced_tokens=None if forced is None else forced[number],
+                    ignore_eos=True,
+                )
+                for number, one in enumerate(self.asked[name])
+            ],
+            capture=Capture(sites=sites),
+            writer=writer,
+        )
+        backend.close()
+        return [one.token_ids for one in made], writer
+
+
+def errors(rows: dict[str, Tensor], writer: MemoryWriter) -> dict[str, float]:
+    """Return the largest rel_l2 of a row, per request and site."""
+    found = {}
+    for name, mine in rows.items():
+        number, _, site = name.partition("/")
+        _, theirs = writer.rows(site, number)
+        ours, reference = mine.double(), theirs.double()
+        found[name] = float(((ours - reference).norm(dim=1) / reference.norm(dim=1).clamp_min(1e-30)).max())
+    return found
+
+
+def too_far(group: Group, name: str, rows: dict[str, Tensor], writer: MemoryWriter, layers: int) -> dict[str, float]:
+    """Return the errors above what is allowed, in the order of the rows.
+
+    In float32 the stated bound. In 16 bits the table's for the site's depth, or where that is more what two independent
+    roundings can differ by: twice the reference's own distance from float32, on the same tokens.
+    """
+    dtype, found = group.models[name][1], errors(rows, writer)
+    if dtype == "float32":
+        return {where: error for where, error in found.items() if not error < BOUND}
+    _, exact = group.reference(name, "float32")
+    rounded = {where: writer.rows(where.partition("/")[2], where.partition("/")[0])[1] for where in found}
+    wrong = {}
+    for where, own in errors(rounded, exact).items():
+        layer = Site.parse(where.partition("/")[2]).layer
+        table = engine_row_rel_l2(dtype, layers if layer is None else layer)
+        if not found[where] < max(table, 2 * own):
+            wrong[where] = found[where]
+    return wrong
+
+
+def all_sites(family: str) -> tuple[str, ...]:
+    points = [point for point in POINTS if point != "resid_mid" or family != "gpt_neox"]
+    return (*ENDS, *(f"layers.*.{point}" for point in points))
+
+
+def ops() -> dict[str, list[Op]]:
+    """Every op, and chains of them; strong enough to be seen and weak enough that the model still speaks."""
+    v, w, pair = direction(11), direction(12), direction(13, rows=2)
+    return {
+        "Add": [Add(v, scale=0.1)],
+        "Add of the median norm": [Add(v, scale=0.2, unit="median_norm", median_norm=4.0)],
+        "Add of the row's norm": [Add(v, scale=-0.15, unit="token_norm")],
+        "Add, bounded": [Add(v, scale=1.0, max_ratio=0.1)],
+        "Cap": [Cap(v, min=-0.3, max=0.2)],
+        "Ablate": [Ablate(v, keep=0.0)],
+        "SetProjection": [SetProjection(v, value=0.7)],
+        "AblateSubspace": [AblateSubspace(pair, keep=0.25)],
+        "CapSubspace": [CapSubspace(pair, min=[-0.2, None], max=[0.2, 0.1])],
+        "three ops": [Add(w, scale=0.05), Cap(v, max=0.1), Ablate(w, keep=0.5)],
+        "Patch": [Patch(v, weight=0.1)],
+        "LowRank": [LowRank(pair / 12, torch.tensor([0.1, -0.2]), direction(14, rows=2).T.contiguous() / 12)],
+    }
+
+
+OPS = tuple(ops())
+MODELS = ("qwen3", "llama", "gemma3", "testbed")
+KINDS = {
+    "eager": {"enforce_eager": True},
+    "compiled": {"enforce_eager": False},
+}
+
+
+def ops_group(folder: Path, names: tuple[str, ...], *, dtype: str = "float32", kind: str = "eager") -> Group:
+    """Plan one engine per model, with one request per op at the first, a middle and the last layer."""
+    group = Group(folder)
+    sites = ("layers.*.resid_post", "final_norm")
+    for name in names:
+        embedded = name == "testbed"
+        layers, steps = ((0, 3, 5), 64) if embedded else ((0, 1, 2), 24)
+        place = Path(testbed.path()) if embedded else save(name, folder / f"model-{name}")
+        prompts = PROMPTS
+        if embedded:
+            backend = open_backend("hf", "testbed")
+            prompts = tuple(backend.encode(text).ids for text in testbed.prompts(2, seed=3))
+            backend.close()
+        asked = [
+            Asked(
+                tuple(prompts[number % 2]),
+                Steering({f"layers.{layer}.resid_post": listed for layer in layers}, positions="generated"),
+                sites,
+                steps,
+            )
+            for number, listed in enumerate(ops().values())
+        ]
+        settings = {
+            "sites": ["layers.*.resid_post"],
+            "capture_sites": ["final_norm"],
+            "ops_per_site": 3,
+            "directions_per_op": 2,
+        }
+        forced = None if dtype == "float32" else followed(prompts, steps)
+        group.add(name, place, asked, settings=settings, dtype=dtype, forced=forced, **KINDS[kind])
+    group.run()
+    return group
+
+
+def followed(prompts: tuple[tuple[int, ...], ...], steps: int) -> list[tuple[int, ...]]:
+    """Return what the embedded model says in float32 to the prompt of each op, steps that every dtype then follows."""
+    backend = open_backend("hf", "testbed", dtype="float32")
+    made = backend.generate(
+        [
+            Request(prompt=tuple(one), id=str(number), max_new_tokens=steps, ignore_eos=True)
+            for number, one in enumerate(prompts)
+        ]
+    )
+    backend.close()
+    return [made[number % 2].token_ids for number in range(len(OPS))]
+
+
+def check_ops(group: Group, name: str) -> None:
+    document, rows = group.found(name)
+    tokens, writer = group.reference(name)
+    for number, made in enumerate(document["tokens"]):
+        assert tuple(made) == tokens[number], OPS[number]
+    assert not too_far(group, name, rows, writer, 6 if name == "testbed" else LAYERS)
+    for number, listed in enumerate(document["ops"]):
+        assert {op[2] for op in listed} == {group.asked[name][number].tokens - 1}, OPS[number]
+
+
+def family_group(folder: Path, families: tuple[str, ...]) -> Group:
+    group = Group(folder)
+    steering = Steering(
+        {
+            "layers.1.resid_post": [Add(direction(1), scale=0.4)],
+            "layers.2.attn_out": [Cap(direction(2), min=-0.05, max=0.05)],
+        }
+    )
+    for family in families:
+        sites = all_sites(family)
+        asked = [Asked(prompt, one, sites, 16) for prompt in PROMPTS for one in (steering, None)]
+        settings = {"sites": ["layers.1.resid_post", "layers.2.attn_out"], "capture_sites": list(sites)}
+        given = ENGINE.get(family, {})
+        forced = [FOLLOWED] * 4 if "dtype" in given else None
+        group.add(family, save(family, folder / f"model-{family}"), asked, settings=settings, forced=forced, **given)
+    group.run()
+    return group
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Group:
+    return family_group(tmp_path_factory.mktemp("small"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Group:
+    families = tuple(family for family in MORE if family not in CANNOT)
+    return family_group(tmp_path_factory.mktemp("more"), families)
+
+
+def check_family(group: Group, family: str) -> None:
+    document, rows = group.found(family)
+    tokens, writer = group.reference(family)
+    assert [tuple(one) for one in document["tokens"]] == tokens
+    wanted = {f"{number}/{record.site}" for number in range(4) for record in writer.records}
+    assert set(rows) == wanted
+    assert not too_far(group, family, rows, writer, LAYERS)
+    for number, asked in enumerate(group.asked[family]):
+        count = len(asked.prompt) + asked.tokens - 1
+        for site, positions in document["positions"][number].items():
+            first = len(asked.prompt) - 1 if site == "logits" else 0
+            assert positions == list(range(first, count))
+        assert [op[2] for op in document["ops"][number]] == ([count] * 2 if asked.steering else [])
+    for steered, plain, prompt in ((0, 1, PROMPTS[0]), (2, 3, PROMPTS[1])):
+        moved = rows[f"{steered}/final_norm"][: len(prompt)] - rows[f"{plain}/final_norm"][: len(prompt)]
+        assert float(moved.norm(dim=1).min()) > 0.1  # the steering is seen
+
+
+@pytest.mark.parametrize("family", SMALL)
+def test_a_family_runs_as_in_transformers(family: str, small: Group) -> None:
+    check_family(small, family)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", MORE)
+def test_a_further_family_runs_as_in_transformers(family: str, request: pytest.FixtureRequest) -> None:
+    if family in CANNOT:
+        pytest.skip(CANNOT[family])
+    check_family(request.getfixturevalue("more"), family)
+
+
+@pytest.fixture(scope="module")
+def stated(tmp_path_factory: pytest.TempPathFactory) -> Group:
+    return ops_group(tmp_path_factory.mktemp("stated"), MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_op_acts_as_in_the_reference(name: str, stated: Group) -> None:
+    check_ops(stated, name)
+
+
+@pytest.mark.full
+def test_every_op_acts_as_in_the_reference_compiled(tmp_path: Path) -> None:
+    check_ops(ops_group(tmp_path, ("testbed",), kind="compiled"), "testbed")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_op_acts_as_in_the_reference_in_16_bits(dtype: str, kind: str, tmp_path: Path) -> None:
+    check_ops(ops_group(tmp_path, ("testbed",), dtype=dtype, kind=kind), "testbed")
