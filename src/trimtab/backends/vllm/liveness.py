@@ -5,14 +5,11 @@ from __future__ import annotations
 import os
 import queue
 import threading
-import time
+import weakref
 from multiprocessing import connection
 from typing import Any
 
 from trimtab.errors import BackendError
-
-_SETTLE_S = 10.0
-"""How long vLLM's own monitor may take to mark the engine as dead, after which its client refuses calls by itself."""
 
 
 def end_waits_when_dead(engine: Any) -> None:
@@ -22,28 +19,29 @@ def end_waits_when_dead(engine: Any) -> None:
         engine: an `LLMEngine`.
     """
     core: Any = getattr(engine, "engine_core", None)
-    resources: Any = getattr(core, "resources", None)
-    manager: Any = getattr(resources, "engine_manager", None)
-    outputs: Any = getattr(core, "outputs_queue", None)
-    if not isinstance(outputs, queue.Queue) or not hasattr(manager, "sentinels"):
+    manager: Any = getattr(getattr(core, "resources", None), "engine_manager", None)
+    if not isinstance(getattr(core, "outputs_queue", None), queue.Queue) or not hasattr(manager, "sentinels"):
         return
     sentinels = [os.dup(one) for one in manager.sentinels()]
-    arguments = (sentinels, resources, outputs, core.utility_results)
+    arguments = (sentinels, weakref.ref(core))
     threading.Thread(target=_watch, args=arguments, name="trimtab-engine-liveness", daemon=True).start()
 
 
-def _watch(sentinels: list[int], resources: Any, outputs: Any, answers: dict[int, Any]) -> None:
+def _watch(sentinels: list[int], reference: weakref.ref[Any]) -> None:
     connection.wait(sentinels)
     for one in sentinels:
         os.close(one)
-    outputs.put(_dead())
-    end = time.monotonic() + _SETTLE_S
-    while not resources.engine_dead and time.monotonic() < end:
-        time.sleep(0.05)
-    # a call that saw the engine alive had put its future here before: none can be missed now
-    for future in list(answers.values()):
+    core = reference()
+    if core is None:
+        return
+    # The mark comes first: calls that begin after it are refused by vLLM's client. One that began before it is the
+    # only one in flight, has put its future here, and takes the one end that is sent.
+    core.resources.engine_dead = True
+    core.outputs_queue.put(_dead())
+    for future in list(core.utility_results.values()):
         if not future.done():
             future.set_exception(_dead())
+    core.shutdown()  # vLLM's own monitor leaves this undone when it finds the mark
 
 
 def _dead() -> BackendError:

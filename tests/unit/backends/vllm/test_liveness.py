@@ -1,0 +1,67 @@
+"""A client of an engine whose process died: every call ends, whenever it began."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from trimtab.backends.vllm.liveness import end_waits_when_dead
+from trimtab.errors import BackendError
+
+
+class Client:
+    """What vLLM's synchronous client does when it is asked: look at the mark, then wait for ever."""
+
+    def __init__(self) -> None:
+        alive, self.life = os.pipe()
+        self.resources = SimpleNamespace(engine_dead=False, engine_manager=SimpleNamespace(sentinels=lambda: [alive]))
+        self.outputs_queue: queue.Queue[Any] = queue.Queue()
+        self.utility_results: dict[int, Future[Any]] = {}
+        self.closed = threading.Event()
+
+    def call(self) -> None:
+        if self.resources.engine_dead:
+            raise BackendError("marked")
+        raise self.outputs_queue.get(timeout=20)
+
+    def utility(self) -> None:
+        future: Future[Any] = Future()
+        self.utility_results[0] = future
+        if self.resources.engine_dead:
+            raise BackendError("marked")
+        future.result(timeout=20)
+
+    def shutdown(self) -> None:
+        self.closed.set()
+
+
+def test_calls_before_and_after_the_death_of_an_engine_all_end() -> None:
+    for _ in range(50):
+        client = Client()
+        end_waits_when_dead(SimpleNamespace(engine_core=client))
+        os.close(client.life)
+        for call in (client.call, client.call, client.utility):
+            with pytest.raises(BackendError, match=r"without a word|marked"):
+                call()
+        assert client.closed.wait(20)
+        assert client.resources.engine_dead
+
+
+def test_a_question_under_way_ends_with_the_engine() -> None:
+    client = Client()
+    client.utility_results[0] = waiting = Future()
+    end_waits_when_dead(SimpleNamespace(engine_core=client))
+    os.close(client.life)
+    assert isinstance(waiting.exception(20), BackendError)
+
+
+def test_an_engine_in_this_process_is_not_watched() -> None:
+    before = threading.active_count()
+    end_waits_when_dead(SimpleNamespace(engine_core=SimpleNamespace()))
+    assert threading.active_count() == before
