@@ -43,6 +43,7 @@ from trimtab.results.runs import (
     SweepConfigState,
     SweepRun,
 )
+from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation
 from trimtab.results.stress import Stress
 from trimtab.results.training import QueueEstimate, QueueRun, RateSweep, Training
 from trimtab.results.triage import Triage
@@ -79,6 +80,7 @@ __all__ = [
     "LedgerGroup",
     "LogprobStep",
     "Metrics",
+    "PrecisionReport",
     "PromptInfo",
     "QueueEstimate",
     "QueueRun",
@@ -88,6 +90,7 @@ __all__ = [
     "RecordVerdict",
     "RolloutRun",
     "RowSeries",
+    "SAEEvaluation",
     "SideCount",
     "Stress",
     "SweepConfigState",
