@@ -9,6 +9,7 @@
 | persona `.pt` of one role or trait | row l is the output of block l; `persona` says which entry is taken |
 | PCA `.pt` of personas, `key="PC1"` | its `layer`: the output of that block |
 | GGUF control vector | `direction.N` is the output of block N |
+| sparse autoencoder, `key="latent:17"` | its site; the row of the decoder, as long as the file has it |
 | `random:SEED` | none; unit norm |
 """
 
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from trimtab import testbed
 from trimtab._base import jsonio
-from trimtab.directions import _archive, gguf_file, pca_file, persona
+from trimtab.directions import _archive, gguf_file, pca_file, persona, sae_file
 from trimtab.directions.direction import Direction
 from trimtab.errors import VectorError
 from trimtab.sites import Site
@@ -37,7 +38,8 @@ from trimtab.steering.vector import FORMAT
 
 _INPUTS = (
     "a .safetensors vector of ours, the directory of an extraction or a training, a .pt or .npy tensor, a directory "
-    "with steering_vector.pt and steering_config.json, a .gguf control vector, testbed:NAME, or random:SEED"
+    "with steering_vector.pt and steering_config.json, a .gguf control vector, a sparse autoencoder, testbed:NAME, or "
+    "random:SEED"
 )
 
 
@@ -55,7 +57,7 @@ def load_direction(
         layer: 0-based layer to take from a file that holds several.
         hidden_size: width that the model has: needed by `random:`, checked for the others.
         key: name of the tensor to take from a file that holds several by name; "raw:NAME" takes a mean of a persona
-            file as it is, "PC1" a principal component.
+            file as it is, "PC1" a principal component, "latent:17" a decoder row of a sparse autoencoder.
 
     Raises:
         VectorError: no such file, not a vector, wrong width (both numbers), or a layer or key that the file does not
@@ -89,6 +91,8 @@ def _load(spec: Any, layer: int | None, hidden_size: int | None, key: str | None
     if text.startswith("testbed:"):
         return _testbed(text)
     path = Path(text)
+    if sae_file.is_sae_file(path):
+        return _latent(path, key)
     if path.is_dir():
         return _directory(path, layer, key)
     if not path.is_file():
@@ -146,6 +150,11 @@ def _pca(path: Path, key: str | None) -> Direction:
         asked = "no key was given" if key is None else f"{key!r} was asked for"
         raise VectorError(f"{path} holds principal components and {asked}; name one as PC1")
     return pca_file.read_pca(path).direction(int(number))
+
+
+def _latent(path: Path, key: str | None) -> Direction:
+    row, site, source = sae_file.read_row(path, key)
+    return _make(row, source, None, None, site=Site.parse(site) if site else None)
 
 
 def _make(value: Any, source: str, layer: int | None, key: str | None, *, site: Site | None = None) -> Direction:
