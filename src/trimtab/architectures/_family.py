@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -76,6 +77,18 @@ class Rope:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Temperature:
+    """Queries at `position` are multiplied by 1 + scale * ln(1 + floor((position + 1) / floor))."""
+
+    scale: float
+    floor: float
+
+    def factor(self, position: int) -> float:
+        """Return the factor at a position."""
+        return 1.0 + self.scale * math.log1p(math.floor((position + 1) / self.floor))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Numerics:
     """What the arithmetic of one model is, resolved from its configuration."""
 
@@ -83,11 +96,16 @@ class Numerics:
     """rmsnorm: x_hat * w; rmsnorm_plus_one: x_hat * (1 + w); layernorm: x_hat * w + b."""
     norm_rounds_first: bool = True
     """x_hat is rounded to the model's dtype before the weight is applied (Llama); False: one rounding at the end."""
+    norm_eps: float
+    """Added to the mean square (LayerNorm: to the variance); that of the q and k norms as well."""
+    activation: str
+    """Of the MLP, a name that `trimtab.architectures.activation` resolves."""
     residual: Literal["sequential", "parallel", "sandwich", "post_norm"] = "sequential"
     """sandwich: norms before and after each branch (Gemma 2, 3); post_norm: only after (OLMo 2)."""
     attention_scale: float
     """Factor on q k^T."""
     qk_norm: Literal["none", "per_head", "full_width", "l2"] = "none"
+    """l2 has no weight and comes after the rotary embedding; the others come before it."""
     rope: Rope | None = Rope()
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -96,6 +114,21 @@ class Numerics:
     """Factor inside the embedding module (Gemma: sqrt(hidden))."""
     tied: bool = False
     """The head's weight is the embedding's."""
+    temperature: Temperature | None = None
+    """Factor on the queries that grows with the position (Llama 4, layers without rotary embedding)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Router:
+    """How a mixture of experts chooses. Which of its layers have experts is read off their weights."""
+
+    form: Literal["softmax", "sigmoid_input"] = "softmax"
+    """softmax: the outputs of the `top_k` most probable experts, weighted by probability.
+    sigmoid_input: the inputs of the `top_k` are scaled by the sigmoid of their logit, the outputs added (Llama 4)."""
+    num_experts: int
+    top_k: int
+    renormalise: bool = False
+    """The chosen probabilities are divided by their sum."""
 
 
 def _no_experts(config: Config, layer: int) -> bool:
@@ -104,6 +137,23 @@ def _no_experts(config: Config, layer: int) -> bool:
 
 def _nothing_added(config: Config) -> int:
     return 0
+
+
+def _no_router(config: Config) -> Router | None:
+    return None
+
+
+def _same(config: Config, numerics: Numerics, layer: int) -> Numerics:
+    return numerics
+
+
+def softmax_router(config: Config) -> Router | None:
+    """Return the router of the Qwen mixtures of experts; None for their dense forms."""
+    if not getattr(config, "num_experts", 0):
+        return None
+    # Qwen3-VL's class has no such option: it always divides
+    renormalise = bool(getattr(config, "norm_topk_prob", True))
+    return Router(num_experts=config.num_experts, top_k=config.num_experts_per_tok, renormalise=renormalise)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +204,21 @@ EXPERTS: Mapping[str, str] = {
     "expert_up": "layers.{layer}.mlp.experts.{expert}.up_proj.weight",
     "expert_down": "layers.{layer}.mlp.experts.{expert}.down_proj.weight",
 }
+STACKED: Mapping[str, str] = {
+    "router": "layers.{layer}.mlp.gate.weight",
+    "experts_gate_up": "layers.{layer}.mlp.experts.gate_up_proj",
+    "experts_down": "layers.{layer}.mlp.experts.down_proj",
+}
+SHARED_EXPERT: Mapping[str, str] = {
+    "shared_gate": "layers.{layer}.mlp.shared_expert.gate_proj.weight",
+    "shared_up": "layers.{layer}.mlp.shared_expert.up_proj.weight",
+    "shared_down": "layers.{layer}.mlp.shared_expert.down_proj.weight",
+    "shared_router": "layers.{layer}.mlp.shared_expert_gate.weight",
+}
+QK_NORM: Mapping[str, str] = {
+    "q_norm": "layers.{layer}.self_attn.q_norm.weight",
+    "k_norm": "layers.{layer}.self_attn.k_norm.weight",
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -163,6 +228,10 @@ class Disk:
     prefix: str = "model."
     """Stands before every name in `layers` and before `embed` and `final_norm`."""
     layers: Mapping[str, str]
+    stacked: Mapping[str, str] = field(default_factory=dict)
+    """Roles of `layers` in files that keep the form of the modules: all experts of a layer in one tensor."""
+    experts_transposed: bool = False
+    """Stacked experts are [expert, in, out] where their shape does not tell (both dimensions equal)."""
     embed: str = "embed_tokens.weight"
     final_norm: str = "norm.weight"
     head: str = "lm_head.weight"
@@ -195,6 +264,9 @@ class Family:
     disk: Callable[[Config], Disk]
     """Called with the top configuration, because wrappers store their text tower under other names."""
     vllm: Vllm
+    router: Callable[[Config], Router | None] = _no_router
+    layer_numerics: Callable[[Config, Numerics, int], Numerics] = _same
+    """What one layer's arithmetic is, where layers differ; called with the model's numerics."""
     note: str = ""
 
 
@@ -203,10 +275,16 @@ def base_numerics(config: Config, **changes: Any) -> Numerics:
     sizes = Sizes.of(config)
     values: dict[str, Any] = {
         "attention_scale": sizes.head_dim**-0.5,
+        "norm_eps": _first(config, "rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps"),
+        "activation": _first(config, "hidden_act", "hidden_activation", "activation_function"),
         "tied": bool(config.tie_word_embeddings),
         "rope": Rope(fraction=rope_fraction(config)),
     }
     return Numerics(**{**values, **changes})
+
+
+def _first(config: Config, *names: str) -> Any:
+    return next(getattr(config, name) for name in names if hasattr(config, name))
 
 
 def rope_fraction(config: Config) -> float:

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, BlockPaths, Config, Disk, Family, Numerics, Vllm, base_numerics
+from trimtab.architectures._family import (
+    DENSE,
+    QK_NORM,
+    BlockPaths,
+    Config,
+    Disk,
+    Family,
+    Numerics,
+    Vllm,
+    base_numerics,
+)
 
 _SANDWICH = {
     **DENSE,
@@ -28,6 +38,7 @@ def _numerics(config: Config) -> Numerics:
         config,
         **common,
         residual="sandwich",
+        activation=config.hidden_activation,
         attention_scale=config.query_pre_attn_scalar**-0.5,
         qk_norm="none" if config.model_type == "gemma2" else "per_head",
         attention_softcap=getattr(config, "attn_logit_softcapping", None),
@@ -38,10 +49,12 @@ def _numerics(config: Config) -> Numerics:
 def _disk(config: Config) -> Disk:
     if config.model_type == "gemma":
         return Disk(layers=DENSE)
+    text = config.get_text_config(decoder=True)
+    layers = {**_SANDWICH, **QK_NORM} if text.model_type == "gemma3_text" else _SANDWICH
     prefix, head = ("model.", "lm_head.weight")
     if config.model_type == "gemma3":
         prefix, head = ("language_model.model.", "language_model.lm_head.weight")
-    return Disk(layers=_SANDWICH, prefix=prefix, head=head)
+    return Disk(layers=layers, prefix=prefix, head=head)
 
 
 FAMILY = Family(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from trimtab.architectures._family import BlockPaths, Config, Disk, Family, Numerics, Sizes, Vllm, base_numerics
 
 _LAYERS = {
@@ -19,6 +21,11 @@ def _numerics(config: Config) -> Numerics:
     return base_numerics(config, norm="layernorm", norm_rounds_first=False, rope=None, attention_scale=scale)
 
 
+def _layer_numerics(config: Config, numerics: Numerics, layer: int) -> Numerics:
+    divisor = layer + 1 if config.scale_attn_by_inverse_layer_idx else 1
+    return replace(numerics, attention_scale=numerics.attention_scale / divisor)
+
+
 FAMILY = Family(
     name="gpt2",
     model_types=("gpt2",),
@@ -28,6 +35,7 @@ FAMILY = Family(
     final_norm="ln_f",
     block=lambda config: BlockPaths(attn="attn", mid="ln_2", o="c_proj", down="c_proj", qkv="fused", fused="c_attn"),
     numerics=_numerics,
+    layer_numerics=_layer_numerics,
     disk=lambda config: Disk(
         prefix="transformer.", layers=_LAYERS, embed="wte.weight", final_norm="ln_f.weight", transposed=True
     ),

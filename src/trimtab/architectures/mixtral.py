@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics
+from trimtab.architectures._family import (
+    DENSE,
+    STACKED,
+    BlockPaths,
+    Disk,
+    Family,
+    Router,
+    Vllm,
+    base_numerics,
+)
 
 _ATTENTION = {role: name for role, name in DENSE.items() if ".mlp." not in name}
 _EXPERTS = {
@@ -17,7 +26,10 @@ FAMILY = Family(
     model_types=("mixtral",),
     block=lambda config: BlockPaths(),
     numerics=base_numerics,
-    disk=lambda config: Disk(layers={**_ATTENTION, **_EXPERTS}),
+    disk=lambda config: Disk(layers={**_ATTENTION, **_EXPERTS}, stacked=STACKED),
+    router=lambda config: Router(
+        num_experts=config.num_local_experts, top_k=config.num_experts_per_tok, renormalise=True
+    ),
     vllm=Vllm(
         architectures=("MixtralForCausalLM",),
         block=lambda config: BlockPaths(mlp="block_sparse_moe"),

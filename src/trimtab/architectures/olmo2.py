@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics
+from trimtab.architectures._family import DENSE, QK_NORM, BlockPaths, Disk, Family, Vllm, base_numerics
 
 _LAYERS = {
     **{role: name for role, name in DENSE.items() if not role.endswith("_norm")},
+    **QK_NORM,
     "attn_post_norm": "layers.{layer}.post_attention_layernorm.weight",
     "mlp_post_norm": "layers.{layer}.post_feedforward_layernorm.weight",
 }

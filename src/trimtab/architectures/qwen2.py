@@ -2,13 +2,34 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, EXPERTS, BlockPaths, Disk, Family, Vllm, base_numerics, sparse_steps
+from trimtab.architectures._family import (
+    DENSE,
+    EXPERTS,
+    SHARED_EXPERT,
+    STACKED,
+    BlockPaths,
+    Config,
+    Disk,
+    Family,
+    Vllm,
+    base_numerics,
+    softmax_router,
+    sparse_steps,
+)
+
+
+def _disk(config: Config) -> Disk:
+    if config.model_type == "qwen2_moe":
+        return Disk(layers={**DENSE, **EXPERTS, **SHARED_EXPERT}, stacked=STACKED)
+    return Disk(layers=DENSE)
+
 
 FAMILY = Family(
     name="qwen2",
     model_types=("qwen2", "qwen2_moe"),
     block=lambda config: BlockPaths(),
     numerics=base_numerics,
-    disk=lambda config: Disk(layers={**DENSE, **EXPERTS} if config.model_type == "qwen2_moe" else DENSE),
+    disk=_disk,
+    router=softmax_router,
     vllm=Vllm(architectures=("Qwen2ForCausalLM", "Qwen2MoeForCausalLM"), sparse=sparse_steps),
 )

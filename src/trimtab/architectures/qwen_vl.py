@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from trimtab.architectures._family import (
     DENSE,
+    QK_NORM,
+    STACKED,
     BlockPaths,
     Config,
     Disk,
@@ -11,14 +13,9 @@ from trimtab.architectures._family import (
     Numerics,
     Vllm,
     base_numerics,
+    softmax_router,
     sparse_steps,
 )
-
-_EXPERTS = {
-    "router": "layers.{layer}.mlp.gate.weight",
-    "experts_gate_up": "layers.{layer}.mlp.experts.gate_up_proj",
-    "experts_down": "layers.{layer}.mlp.experts.down_proj",
-}
 
 
 def _numerics(config: Config) -> Numerics:
@@ -27,7 +24,9 @@ def _numerics(config: Config) -> Numerics:
 
 def _disk(config: Config) -> Disk:
     third = config.model_type.startswith("qwen3")
-    layers = {**DENSE, **_EXPERTS} if "moe" in config.model_type else DENSE
+    layers = {**DENSE, **QK_NORM} if third else DENSE
+    if "moe" in config.model_type:
+        layers = {**layers, **STACKED}
     return Disk(layers=layers, prefix="model.language_model." if third else "model.")
 
 
@@ -46,6 +45,7 @@ FAMILY = Family(
     block=lambda config: BlockPaths(),
     numerics=_numerics,
     disk=_disk,
+    router=softmax_router,
     vllm=Vllm(
         architectures=(
             "Qwen2VLForConditionalGeneration",
