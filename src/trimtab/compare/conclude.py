@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from trimtab.compare.execute import Execution
 from trimtab.compare.parallel import judge_in_processes
 from trimtab.compare.plan import ComparisonPlan
 from trimtab.compare.routing import ROUTED
 from trimtab.errors import InputError
+from trimtab.results._lazy import LazySequence
 from trimtab.results.comparison import Comparison, FirstDivergence, Ledger, RecordVerdict
 from trimtab.results.lines import ComparedLine, VerdictLine
 
@@ -30,23 +32,23 @@ def run(plan: ComparisonPlan, *, jobs: int = 1, on_compared: Tell | None = None)
     if jobs < 1:
         raise InputError(f"jobs={jobs}: a number of processes, at least 1")
     execution = Execution(plan)
-    records = []
-    for record in execution.records(judge_in_processes(plan, jobs) if jobs > 1 else None):
-        records.append(record)
-        if on_compared is not None:
-            paths = (plan.reference.path, plan.candidate.path)
-            on_compared(ComparedLine(reference=paths[0], candidate=paths[1], record=record))
-    comparison = conclude(execution, tuple(records))
+    on_record = None if on_compared is None else partial(_tell, plan, on_compared)
+    records = execution.records(judge_in_processes(plan, jobs) if jobs > 1 else None, on_record)
+    comparison = conclude(execution, records)
     if on_compared is not None:
         told = (comparison.passed, comparison.reason, comparison.ledger)
         on_compared(VerdictLine(of="comparison", passed=told[0], reason=told[1], ledger=told[2]))
     return comparison
 
 
-def conclude(execution: Execution, records: tuple[RecordVerdict, ...]) -> Comparison:
+def _tell(plan: ComparisonPlan, on_compared: Tell, record: RecordVerdict) -> None:
+    on_compared(ComparedLine(reference=plan.reference.path, candidate=plan.candidate.path, record=record))
+
+
+def conclude(execution: Execution, records: LazySequence[RecordVerdict]) -> Comparison:
     """Return what the verdicts of a plan that was executed come to."""
     plan, first, ledger = execution.plan, execution.first.found, execution.ledger()
-    clean = all(record.passing for record in records) and all(one.waived_by is not None for one in ledger.entries)
+    clean = all(one.passing for one in records.single) and all(one.waived_by is not None for one in ledger.entries)
     return Comparison(
         passed=bool(ledger.reference.compared) and clean,
         reason=_reason(records, ledger, first),
@@ -63,8 +65,8 @@ def conclude(execution: Execution, records: tuple[RecordVerdict, ...]) -> Compar
     )
 
 
-def _reason(records: tuple[RecordVerdict, ...], ledger: Ledger, first: FirstDivergence | None) -> str:
-    failing = [record for record in records if not record.passing]
+def _reason(records: LazySequence[RecordVerdict], ledger: Ledger, first: FirstDivergence | None) -> str:
+    failing = [record for record in records.single if not record.passing]
     short = [entry for entry in ledger.entries if entry.waived_by is None]
     if not ledger.reference.compared:
         return "nothing was compared" + (f": {short[0].name}: {short[0].reason}" if short else "")
@@ -79,17 +81,17 @@ def _reason(records: tuple[RecordVerdict, ...], ledger: Ledger, first: FirstDive
     return f"all {len(records)} pairs pass ({ledger.reference.compared} {ledger.unit} compared)"
 
 
-def _warnings(execution: Execution, records: tuple[RecordVerdict, ...], ledger: Ledger) -> list[str]:
+def _warnings(execution: Execution, records: LazySequence[RecordVerdict], ledger: Ledger) -> list[str]:
     plan = execution.plan
     warnings = list(plan.matched.warnings)
     said: dict[str, list[str]] = {}
-    for record in records:
+    for record in records.single:
         for text in record.warnings:
             said.setdefault(text, []).append(record.key.text)
     warnings += [
         f"{text}: {names[0]}" + f" and {len(names) - 1} more" * (len(names) > 1) for text, names in said.items()
     ]
-    used = {one.waived_by for one in records} | {entry.waived_by for entry in ledger.entries}
+    used = {one.waived_by for one in records.single} | {entry.waived_by for entry in ledger.entries}
     warnings += [f"the waiver {one!r} excused nothing" for one in plan.waive if one not in used]
     warnings += [
         f"the rule {one.pattern!r} judged nothing: what it matches has no pair of floating tensors"

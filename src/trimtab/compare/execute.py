@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
+import polars as pl
 import torch
 
 from trimtab.compare._closer import blame, ranks_at, shard_errors, tolerance, worst_elements, worst_rows
@@ -18,16 +19,17 @@ from trimtab.compare.align import Aligned
 from trimtab.compare.fingerprints import Neighbour, find_fingerprints
 from trimtab.compare.layout import Piece, differences
 from trimtab.compare.ledger import Book, LedgerBook
-from trimtab.compare.match import Pair
+from trimtab.compare.match import Pair, key_of
 from trimtab.compare.measure import measure
 from trimtab.compare.plan import ComparisonPlan, noise_is_identical
 from trimtab.compare.rounding import Expected, blocks_upstream, expected_error
 from trimtab.compare.routing import HINT, Routing
-from trimtab.compare.rules import Rule
+from trimtab.compare.rules import Rule, first_match
 from trimtab.compare.verdict import Judgement, judge
 from trimtab.compare.waivers import waived_by
 from trimtab.errors import ComparisonError, TraceCorruptError
 from trimtab.numerics.dtypes import coarser, dtype_name
+from trimtab.results._lazy import LazySequence
 from trimtab.results.comparison import Fingerprint, Ledger, RecordKey, RecordVerdict, RowSeries, Side
 from trimtab.trace import Trace
 
@@ -60,19 +62,53 @@ class Execution:
         """What was compared and what was not."""
         return self._ledger.close()
 
-    def records(self, parts: Iterable[Part] | None = None) -> Iterator[RecordVerdict]:
+    def records(
+        self, parts: Iterable[Part] | None = None, on_record: Callable[[RecordVerdict], None] | None = None
+    ) -> LazySequence[RecordVerdict]:
         """Judge every pair; what could not be compared goes to the ledger only.
 
         Args:
             parts: what other processes found, in order; None judges here.
+            on_record: called with each verdict as soon as it is known, in order.
+
+        Raises:
+            ComparisonError: the noise runs turned out to be bit-identical.
+        """
+        pairs, judged = self.plan.matched.pairs, self.judged(parts)
+        if self.plan.verify:
+            pairs = LazySequence(pairs)
+        elif pairs.table is not None:
+            self._enter_identical(pairs.table)
+        single: list[RecordVerdict] = []
+        order: list[int] = []
+        same = LazySequence[RecordVerdict](table=pairs.table, build=_identical, order=pairs.order).from_table()
+        for at in pairs.order:
+            record = next(judged) if at < 0 else next(same) if on_record is not None else None
+            if at >= 0:
+                order.append(at)
+            elif record is not None:
+                order.append(~len(single))
+                single.append(record)
+            if record is not None and on_record is not None:
+                on_record(record)
+        next(judged, None)  # what it has to say at its end
+        return LazySequence(single, table=pairs.table, build=_identical, order=order)
+
+    def _enter_identical(self, table: pl.DataFrame) -> None:
+        """Count the pairs that equal digests have judged."""
+        self._ledger.compared_rows(table)
+        tensors = {key_of(row).tensor for row in table.unique(("site", "name")).iter_rows(named=True)}
+        self._idle_rules -= {first_match(self.plan.rules, tensor) for tensor in tensors}
+
+    def judged(self, parts: Iterable[Part] | None = None) -> Iterator[RecordVerdict | None]:
+        """Judge what is to be judged of the plan, in order; None for what could not be compared.
 
         Raises:
             ComparisonError: the noise runs turned out to be bit-identical.
         """
         self._verify_copies()
         if parts is None:
-            found = (self._record(pair) for pair in self.plan.matched.pairs)
-            yield from (record for record in found if record is not None)
+            yield from map(self._record, self.plan.to_judge)
         else:
             for part in parts:
                 yield from self._absorb(part)
@@ -88,20 +124,19 @@ class Execution:
         outcomes = []
         for number in range(begin, end):
             searched = self._searched
-            record = self._record(self.plan.matched.pairs[number])
+            record = self._record(self.plan.to_judge[number])
             outcomes.append(Outcome(number, record, notes.take(), self._searched > searched))
         used = frozenset(number for number, rule in enumerate(self.plan.rules) if rule not in self._idle_rules)
         return Part(tuple(outcomes), self.first, used, self._noise_used, self._noise_moved)
 
-    def _absorb(self, part: Part) -> Iterator[RecordVerdict]:
+    def _absorb(self, part: Part) -> Iterator[RecordVerdict | None]:
         """Enter what another process found, as if it had been found here."""
         for number, record, notes, searched in part.outcomes:
-            replay(notes, self.book, self.plan.matched.pairs[number])
+            replay(notes, self.book, self.plan.to_judge[number])
             self._searched += searched
             if record is not None and searched and self._searched > _FINGERPRINTS:
                 record = _unsearched(record)
-            if record is not None:
-                yield record
+            yield record
         self.first.merge(part.first)
         self._idle_rules -= {self.plan.rules[number] for number in part.rules}
         self._noise_used |= part.noise_used
@@ -338,6 +373,11 @@ class Execution:
             return record
         waiver = waived_by(self.plan.waive, record.status, record.key.text, record.key.tensor)
         return dataclasses.replace(record, waived_by=waiver) if waiver is not None else record
+
+
+def _identical(row: Mapping[str, Any]) -> RecordVerdict:
+    """The verdict on two whole records of equal digest, a row of the table of pairs."""
+    return RecordVerdict(key=key_of(row), status="identical", order=row["order"])
 
 
 def _unsearched(record: RecordVerdict) -> RecordVerdict:

@@ -6,6 +6,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Literal, Protocol
 
+import polars as pl
+
 from trimtab.compare.match import Pair, Short
 from trimtab.compare.plan import ComparisonPlan
 from trimtab.compare.waivers import waived_by
@@ -60,6 +62,22 @@ class LedgerBook:
         for at, side in enumerate(_SIDES):
             self._count(side, pair.key, "compared", pair.items[at], pair.ranks[at])
 
+    def compared_rows(self, table: pl.DataFrame) -> None:
+        """Count whole records of one pair each, given by their identities (`match.key_of`)."""
+        tensor = pl.when(pl.col("site") == "").then("name").otherwise("site")
+        by_step = table.filter(pl.col("prompt").is_null() | pl.col("rank").is_not_null())
+        by_rank = table.filter(pl.col("rank").is_not_null())
+        groups: tuple[tuple[Axis | None, pl.DataFrame, pl.Expr], ...] = (
+            (None, table, pl.lit("")),
+            ("site", table, tensor),
+            ("step", by_step, pl.col("step")),
+            ("rank", by_rank, pl.col("rank")),
+        )
+        for axis, rows, value in groups:
+            for name, count in rows.group_by(value.alias("value"), maintain_order=True).len().iter_rows():
+                for side in _SIDES:
+                    self._counts[side, axis, str(name)]["compared"] += count
+
     def short(self, side: Side, kind: EntryKind, pair: Pair, reason: str) -> None:
         """Count a pair that could not be compared after all."""
         counted = _SIDES if side == "both" else (side,)
@@ -77,10 +95,8 @@ class LedgerBook:
 
     def close(self) -> Ledger:
         """The ledger as a result."""
-        pairs = self._plan.matched.pairs
-        kinds = {pair.positions is not None for pair in pairs} | {
-            bool(one) for side in (self._plan.reference, self._plan.candidate) for one in side.units["by_row"].unique()
-        }
+        sides = (self._plan.reference, self._plan.candidate)
+        kinds = {bool(one) for side in sides for one in side.units["by_row"].unique()}
         sources = dict.fromkeys(one.source for one in self._plan.expectations if one is not None)
         groups = sorted({(axis, value) for _, axis, value in self._counts if axis is not None}, key=_group_order)
         return Ledger(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from trimtab.compare._auxiliary import ALIGNING, Auxiliary
 from trimtab.compare._sides import KEY, Ints, Side, TokenKey, Tokens
 from trimtab.compare.layout import Layout, TokenMatch
 from trimtab.errors import ComparisonError
+from trimtab.results._lazy import LazySequence
 from trimtab.results.comparison import RecordKey, TokenDivergence
 
 _CARRIED = ("layer_recorded", "first_order", "ids", "digests", "positions", "stored", "layout", "records")
@@ -78,7 +79,8 @@ class Short:
 class Matched:
     """All pairs and everything that stays without a partner."""
 
-    pairs: tuple[Pair, ...]
+    pairs: LazySequence[Pair]
+    """In the reference's order; whole records of equal digest are rows of a table, all others are `single`."""
     short: tuple[Short, ...]
     tokens: tuple[TokenDivergence, ...]
     warnings: tuple[str, ...]
@@ -95,12 +97,14 @@ def match(reference: Side, candidate: Side) -> Matched:
     units = [side.units.select(*KEY, *_CARRIED) for side in (reference, candidate)]
     joined = units[0].join(units[1], on=list(KEY), how="full", nulls_equal=True, coalesce=True, suffix="_c")
     joined = joined.sort("first_order", "first_order_c", nulls_last=True, maintain_order=True)
+    same = _same_whole(joined)
     pairs: list[Pair] = []
+    places: list[int] = []  # of each pair, in `joined`
     short: list[Short] = []
     sides = (reference, candidate)
     auxiliary = Auxiliary(sides)
-    for row in _rows(joined):
-        key = _key(row)
+    for row in _rows(joined.with_row_index("place").filter(~same)):
+        key, before = _key(row), len(pairs)
         if row["ids"] is None or row["ids_c"] is None:
             short.append(_lonely(key, row, "reference" if row["ids_c"] is None else "candidate"))
         elif row["by_row"]:
@@ -110,9 +114,53 @@ def match(reference: Side, candidate: Side) -> Matched:
             pairs.append(_match_whole(key, row))
         else:
             pairs.append(_match_layouts(key, row, sides, auxiliary))
+        places += [row["place"]] * (len(pairs) - before)
     if any(pair.tokens is not None for pair in pairs):
         short = [_excused(one) for one in short]
-    return Matched(tuple(pairs), tuple(short), divergences, _warnings(reference, candidate, joined))
+    return Matched(_in_order(joined, same, pairs, places), tuple(short), divergences, _warnings(*sides, joined))
+
+
+def _same_whole(joined: pl.DataFrame) -> pl.Series:
+    """Which rows are two whole records of equal digest: nothing is left to find out about them."""
+    digest, digest_c = (pl.col(name).list.first() for name in ("digests", "digests_c"))
+    plain = pl.col("layout").is_null() | pl.col("layout_c").is_null()
+    found = pl.col("by_row").not_() & plain & (digest == digest_c)
+    return joined.select(found.fill_null(False)).to_series()
+
+
+def _in_order(joined: pl.DataFrame, same: pl.Series, pairs: list[Pair], places: list[int]) -> LazySequence[Pair]:
+    """Put the pairs between those that stay rows of a table."""
+    table = joined.filter(same).select(
+        pl.coalesce("layer_recorded", "layer_recorded_c").alias("layer"),
+        *(name for name in KEY if name not in ("by_row", "layer")),
+        pl.col("first_order").alias("order"),
+        reference_id=pl.col("ids").list.first(),
+        candidate_id=pl.col("ids_c").list.first(),
+        both_stored=pl.col("stored") & pl.col("stored_c"),
+    )
+    where = np.concatenate([np.flatnonzero(same.to_numpy()), np.asarray(places, dtype=np.int64)])
+    order = np.concatenate([np.arange(table.height), ~np.arange(len(pairs))])[np.argsort(where, kind="stable")]
+    return LazySequence(pairs, table=table, build=_pair_of, order=order.tolist())
+
+
+def _pair_of(row: Mapping[str, Any]) -> Pair:
+    """The pair of a row of the table."""
+    return Pair(
+        key=key_of(row),
+        order=row["order"],
+        reference_ids=(row["reference_id"],),
+        candidate_ids=(row["candidate_id"],),
+        same_digest=True,
+        stored=row["both_stored"],
+    )
+
+
+_NAMES = tuple(one.name for one in dataclasses.fields(RecordKey))
+
+
+def key_of(row: Mapping[str, Any]) -> RecordKey:
+    """The identity in a row of the table of pairs."""
+    return RecordKey(**{name: row[name] for name in _NAMES})
 
 
 def _rows(frame: pl.DataFrame) -> Iterator[dict[str, Any]]:
@@ -140,13 +188,12 @@ def _lonely(key: RecordKey, row: dict[str, Any], side: str) -> Short:
 
 
 def _match_whole(key: RecordKey, row: dict[str, Any]) -> Pair:
-    digests = (row["digests"][0], row["digests_c"][0])
     return Pair(
         key=key,
         order=row["first_order"],
         reference_ids=tuple(row["ids"]),
         candidate_ids=tuple(row["ids_c"]),
-        same_digest=digests[0] is not None and digests[0] == digests[1],
+        same_digest=False,
         stored=row["stored"] and row["stored_c"],
     )
 

@@ -53,8 +53,8 @@ def judge_in_processes(plan: ComparisonPlan, jobs: int) -> Iterator[Part]:
 
 
 def share_out(plan: ComparisonPlan, workers: int) -> list[tuple[int, int]]:
-    """Cut the pairs of a plan into spans `[begin, end)`, several for each worker."""
-    total = len(plan.matched.pairs)
+    """Cut what is to be judged of a plan into spans `[begin, end)`, several for each worker."""
+    total = len(plan.to_judge)
     size = min(_MOST_PAIRS, max(1, -(-total // (4 * workers))))
     return [(begin, min(begin + size, total)) for begin in range(0, total, size)]
 
@@ -106,5 +106,5 @@ def open_plan(portable: Portable) -> None:
 
 
 def judge_span(span: tuple[int, int]) -> Part:
-    """Judge the pairs `[begin, end)` of the plan that was opened here."""
+    """Judge the pairs `[begin, end)` of what is to be judged of the plan that was opened here."""
     return _execution[0].part(*span)

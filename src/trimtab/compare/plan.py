@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,11 @@ class ComparisonPlan:
     worst: int
     tolerances: bool
 
+    @property
+    def to_judge(self) -> Sequence[Pair]:
+        """The pairs about which something is left to find out; all of them where bytes are hashed again."""
+        return self.matched.pairs if self.verify else self.matched.pairs.single
+
     def rule_for(self, key: RecordKey) -> Rule | None:
         """The per-tensor rule that judges a record, if any."""
         return first_match(self.rules, key.tensor)
@@ -64,8 +70,9 @@ class ComparisonPlan:
     def lines(self) -> tuple[str, ...]:
         """The plan in lines, without the single pairs."""
         matched = self.matched
-        by_row = sum(pair.positions is not None for pair in matched.pairs)
-        same = sum(pair.same_digest for pair in matched.pairs)
+        looked = matched.pairs.single
+        by_row = sum(pair.positions is not None for pair in looked)
+        same = sum(pair.same_digest for pair in looked) + matched.pairs.rows
         expected = [one.source if one is not None else "nothing" for one in self.expectations]
         lines = [
             f"reference: {self.reference.path} ({self.reference.units.height} units)",
@@ -77,7 +84,7 @@ class ComparisonPlan:
             f"{same} identical by digest{', verified' if self.verify else ', not read'})",
         ]
         copies = sum(len(one.copies) for side in (self.reference, self.candidate) for one in side.layouts)
-        pieces = sum(pair.layouts is not None for pair in matched.pairs)
+        pieces = sum(pair.layouts is not None for pair in looked)
         if copies or pieces:
             lines.append(f"layouts: {pieces} pairs are put together or reordered; copies of {copies} pieces to verify")
         if self.noise is not None:
@@ -96,11 +103,11 @@ class ComparisonPlan:
         Args:
             limit: how many pairs and unmatched items are listed; the rest is counted.
         """
-        pairs = [f"  {pair.key.text}: {_how(pair)}" for pair in self.matched.pairs]
-        short = [f"  {one.kind} ({one.side}) {one.key.text}: {one.reason}" for one in self.matched.short]
+        pairs = (f"  {pair.key.text}: {_how(pair)}" for pair in self.matched.pairs)
+        short = (f"  {one.kind} ({one.side}) {one.key.text}: {one.reason}" for one in self.matched.short)
         lines = [*self.lines()]
-        for listed in (pairs, short):
-            lines += listed[:limit] + ([f"  ... and {len(listed) - limit} more"] if len(listed) > limit else [])
+        for listed, count in ((pairs, len(self.matched.pairs)), (short, len(self.matched.short))):
+            lines += [*itertools.islice(listed, limit), *([f"  ... and {count - limit} more"] if count > limit else [])]
         return "\n".join(lines)
 
 

@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from trimtab.results._lazy import LazySequence
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -371,11 +373,17 @@ class Comparison:
     plan: tuple[str, ...]
     """The plan as printed before execution."""
     ledger: Ledger
-    records: tuple[RecordVerdict, ...]
+    records: LazySequence[RecordVerdict]
+    """In the reference's order. Those that are identical by digest are built where they are asked for."""
     first_divergence: FirstDivergence | None = None
     token_divergences: tuple[TokenDivergence, ...] = ()
     warnings: tuple[str, ...] = ()
     waivers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given: object = self.records
+        if isinstance(given, tuple):  # of one who builds a result by hand
+            object.__setattr__(self, "records", LazySequence(given))
 
     @property
     def exit_code(self) -> int:
@@ -385,12 +393,13 @@ class Comparison:
     @property
     def counts(self) -> dict[str, int]:
         """Number of pairs per status."""
-        found = Counter(record.status for record in self.records)
+        found = Counter(record.status for record in self.records.single)
+        found["identical"] += self.records.rows
         return {status: found[status] for status in ("identical", "passed", "inconclusive", "failed", "corrupt")}
 
     def failing(self) -> tuple[RecordVerdict, ...]:
         """The pairs that neither passed nor were waived, in order."""
-        return tuple(record for record in self.records if not record.passing)
+        return tuple(record for record in self.records.single if not record.passing)
 
     def to_frame(self) -> pl.DataFrame:
         """One row per pair: identity, status, metrics, noise ratios, fingerprints."""

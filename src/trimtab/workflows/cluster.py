@@ -41,7 +41,7 @@ def compare_on_ray(reference: str, candidate: str, *, address: str, **options: A
     """
     plan = plan_comparison(reference, candidate, **options)
     execution = Execution(plan)
-    return conclude(execution, tuple(execution.records(judge_on_ray(plan, address))))
+    return conclude(execution, execution.records(judge_on_ray(plan, address)))
 
 
 def judge_on_ray(plan: ComparisonPlan, address: str) -> Iterator[Part]:

@@ -70,9 +70,8 @@ def test_the_number_of_searches_for_fingerprints_is_the_same(tmp_path: Path, mon
     monkeypatch.setattr(execute_module, "_FINGERPRINTS", 3)
     serial = list(Execution(plan).records())
     worker = Execution(plan)
-    parts = [
-        worker.part(begin, min(begin + 2, len(plan.matched.pairs))) for begin in range(0, len(plan.matched.pairs), 2)
-    ]
+    count = len(plan.to_judge)
+    parts = [worker.part(begin, min(begin + 2, count)) for begin in range(0, count, 2)]
     together = Execution(plan)
     assert list(together.records(parts)) == serial
     assert sum(bool(record.fingerprints) for record in serial) <= 3

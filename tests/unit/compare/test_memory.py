@@ -22,7 +22,7 @@ from trimtab.compare import plan_comparison
 from trimtab.compare.execute import Execution
 torch.set_num_threads(1)
 peak, kept = 0, []
-for number, record in enumerate(Execution(plan_comparison(sys.argv[1], sys.argv[2])).records()):
+for number, record in enumerate(Execution(plan_comparison(sys.argv[1], sys.argv[2])).judged()):
     kept.append(record)
     if number % 50 == 0:  # pages of the mapped files are the kernel's to take back: anonymous memory is ours
         status = pathlib.Path("/proc/self/status").read_text()
