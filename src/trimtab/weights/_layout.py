@@ -46,7 +46,8 @@ class Piece:
         """Return the piece's rows of a tensor whose first dimension is the output."""
         if self.groups == 1:
             return stored[self.start : self.stop]
-        return stored.unflatten(0, (self.groups, -1))[:, self.start : self.stop].flatten(0, 1)
+        grouped = stored.reshape(self.groups, -1, *stored.shape[1:])[:, self.start : self.stop]
+        return grouped.flatten(0, 1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,11 +43,21 @@ def raw_mlp(block: Block, normed: Tensor) -> Tensor:
 
 
 def neurons(block: Block, prefix: str, normed: Tensor) -> Tensor:
-    """Return what the down projection reads, [n, intermediate]: `act(gate x) * up x`, or `act(up x)` without a gate."""
+    """Return what the down projection reads, [n, intermediate].
+
+    Args:
+        block: the layer.
+        prefix: "" for a dense MLP, "shared." or "experts.3." for one expert.
+        normed: rows that went through the input norm.
+    """
+    gate = block.linear(f"{prefix}gate", normed) if f"{prefix}gate" in block.weights else None
+    return activate(block, gate, block.linear(f"{prefix}up", normed))
+
+
+def activate(block: Block, gate: Tensor | None, up: Tensor) -> Tensor:
+    """Return `act(gate) * up`, or `act(up)` without a gate."""
     act = activation(block.numerics.activation)
-    if f"{prefix}gate" not in block.weights:
-        return act(block.linear(f"{prefix}up", normed))
-    return act(block.linear(f"{prefix}gate", normed)).mul_(block.linear(f"{prefix}up", normed))
+    return act(up) if gate is None else act(gate).mul_(up)
 
 
 def route(block: Block, normed: Tensor) -> Routing:
@@ -68,7 +78,7 @@ def _experts(block: Block, normed: Tensor, routing: Routing) -> Tensor:
     assert block.weights.router is not None
     scale_input = block.weights.router.form == "sigmoid_input"
     out = torch.zeros_like(normed)
-    for expert in routing.experts.unique().tolist():
+    for expert in torch.unique(routing.experts).tolist():
         row, place = (routing.experts == expert).nonzero(as_tuple=True)
         factor = routing.weights[row, place, None]
         chosen = normed[row] * factor if scale_input else normed[row]
