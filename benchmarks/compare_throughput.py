@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def shares_of_dot(folder: Path, quick: bool) -> Iterator[Measured]:
 
 def against_torch(folder: Path, quick: bool) -> Iterator[Measured]:
     """The default pass against several torch passes over a float32 cast; `torch.quantile` takes 2^24 elements."""
-    pair = write_pair(folder / "torch", torch.bfloat16, 16 * MIB)
+    pair = write_pair(folder / "torch", torch.bfloat16, (4 if quick else 16) * MIB)
     reference, candidate = sides(pair)
     took = interleaved(
         {
@@ -223,23 +224,27 @@ def anonymous():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) * 1024
 
-def watch():
-    global peak
-    while not done.wait(0.003):
-        peak = max(peak, anonymous())
+def measured(steps):
+    chosen = [side.filter(step=range(steps)) for side in sides]
+    peaks, done = [anonymous()], threading.Event()
 
-sides = [Trace.open(path).filter(step=range(int(sys.argv[3]))) for path in sys.argv[1:3]]
+    def watch():
+        while not done.wait(0.003):
+            peaks.append(anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    began, cpu = time.perf_counter(), time.process_time()
+    result = compare(*chosen)
+    took = [time.perf_counter() - began, time.process_time() - cpu]
+    done.set()
+    watcher.join()
+    assert result.passed, result.reason
+    return [max(peaks), *took]
+
+sides = [Trace.open(path) for path in sys.argv[1:3]]
 compare(*(side.filter(step=0) for side in sides))  # compiles, loads
-peak, done = anonymous(), threading.Event()
-watcher = threading.Thread(target=watch)
-watcher.start()
-began, cpu = time.perf_counter(), time.process_time()
-result = compare(*sides)
-took = [time.perf_counter() - began, time.process_time() - cpu]
-done.set()
-watcher.join()
-assert result.passed, result.reason
-print(json.dumps([peak, *took]))
+print(json.dumps([measured(int(steps)) for steps in sys.argv[3:]]))
 """
 
 
@@ -256,18 +261,26 @@ def write_steps(folder: Path, steps: int, megabytes: int) -> tuple[Path, Path]:
 
 
 def memory(folder: Path, quick: bool) -> Iterator[Measured]:
-    """Peak anonymous memory of a process that compares, and how time and memory grow with the bytes."""
-    steps, megabytes = (16, 16) if quick else (32, 64)
+    """Peak anonymous memory of a process that compares, and how time and memory grow with the bytes.
+
+    Two traces of 8 GiB, or of a third of the free disk; the notes say how large they were.
+    """
+    steps, megabytes = (16, 16) if quick else (128, 64)
+    steps = min(steps, shutil.disk_usage(folder).free // (3 * megabytes * MIB) // 4 * 4)
     paths = write_steps(folder, steps, megabytes)
 
-    def run(count: int) -> tuple[float, float, float]:
-        command = [sys.executable, "-c", COMPARE, *map(str, paths), str(count)]
+    def run() -> list[tuple[float, float, float]]:
+        """Peak anonymous memory, wall and CPU seconds: for a quarter of the steps, then for all of them."""
+        command = [sys.executable, "-c", COMPARE, *map(str, paths), str(steps // 4), str(steps)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE)
-        peak, wall, cpu = json.loads(done.stdout)
-        return peak / 1e9, wall, cpu
+        return [(peak / 1e9, wall, cpu) for peak, wall, cpu in json.loads(done.stdout)]
 
-    run(steps)  # brings the files into the page cache
-    rounds = [(run(steps // 4), run(steps)) for _ in range(3 if quick else 5)]
+    for path in (file for folder in paths for file in folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as stream:  # brings it into the page cache
+                while stream.read(16 * MIB):
+                    pass
+    rounds = [run() for _ in range(3 if quick else 5)]
     notes = {
         "gigabytes_per_side": steps * megabytes * MIB / 1e9,
         "peak_of_a_quarter": statistics.median(small[0] for small, _ in rounds),
