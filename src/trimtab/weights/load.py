@@ -136,14 +136,16 @@ class Checkpoint:
         prefix = _prefix(disk, self.stored, path)
         shapes = {key: value.shape for key, value in self.stored.items()}
         self._disk = disk
+        # Files that keep the names of the modules have the head beside the model.
+        self._head = next((name for name in (disk.head, "lm_head.weight") if name in self.stored), None)
         self._prefix = prefix
         self._finder = Finder(saved.family, disk, saved.text, prefix, shapes)
         _refuse_quantised(saved.top, self.stored, path, prefix)
 
     @property
     def tied(self) -> bool:
-        """Whether the head's weight is the embedding's."""
-        return self._disk.head not in self.stored
+        """Whether the head's weight is the embedding's: the configuration says so and the files hold no head."""
+        return self._head is None and self.numerics.tied
 
     def layer(self, layer: int) -> LayerWeights:
         """Return the weights of one layer; nothing is read yet.
@@ -169,11 +171,15 @@ class Checkpoint:
 
     def embedding(self, dtype: torch.dtype | None = None) -> Tensor:
         """Return the token embedding, [vocabulary, hidden]."""
-        return self._global("embed", dtype)
+        return self._global(self._prefix + self._disk.embed, dtype)
 
     def head(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the head's matrix, [vocabulary, hidden]: the embedding where they are tied."""
-        return self._global("embed" if self.tied else "head", dtype)
+        """Return the head's matrix, [vocabulary, hidden]: the embedding where they are tied.
+
+        Raises:
+            InputError: the files hold none, and the configuration does not say that it is tied.
+        """
+        return self.embedding(dtype) if self.tied else self._global(self._head or self._disk.head, dtype)
 
     def close(self) -> None:
         """Forget the files; layers that were taken stay readable until they are dropped."""
@@ -190,8 +196,7 @@ class Checkpoint:
     def __repr__(self) -> str:
         return f"Checkpoint({self.name!r}, family={self.family!r}, num_layers={self.num_layers})"
 
-    def _global(self, role: str, dtype: torch.dtype | None) -> Tensor:
-        name = self._disk.head if role == "head" else self._prefix + self._disk.name(role)[len(self._disk.prefix) :]
+    def _global(self, name: str, dtype: torch.dtype | None) -> Tensor:
         if name not in self.stored:
             raise InputError(f"{self.path} holds no {name}; the checkpoint is incomplete")
         tensor = Reader(self.stored).tensor(name)
