@@ -43,7 +43,7 @@ from trimtab.results.runs import (
     SweepConfigState,
     SweepRun,
 )
-from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation
+from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation, SAEExport
 from trimtab.results.stress import Stress
 from trimtab.results.training import QueueEstimate, QueueRun, RateSweep, Training
 from trimtab.results.triage import Triage
@@ -91,6 +91,7 @@ __all__ = [
     "RolloutRun",
     "RowSeries",
     "SAEEvaluation",
+    "SAEExport",
     "SideCount",
     "Stress",
     "SweepConfigState",

@@ -231,3 +231,44 @@ class SAEEvaluation:
     precision: tuple[PrecisionReport, ...] = ()
     path: str = ""
     warnings: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportedLatent:
+    """A latent as it was written to steer with."""
+
+    latent: int
+    site: str
+    scale: float
+    """Of the steering, in parts of `max_activation`."""
+    positions: str
+    max_activation: float
+    density: float
+    """Share of the tokens on which it fires."""
+    active_quantiles: Mapping[str, float]
+    """Fraction -> activation, over the tokens on which it fires."""
+    norm: float
+    """Of the vector, in hidden units: the largest activation times the decoder row's length."""
+    median_norm: float | None
+    """Median length of the states at the site."""
+    tokens: int
+    steering_digest: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SAEExport:
+    """What exporting an autoencoder wrote."""
+
+    format_version: int = 1  # 1: first version
+    kind: str = "sae_export"
+    path: str
+    files: tuple[str, ...]
+    architecture: str
+    trained_as: str
+    d_in: int
+    d_sae: int
+    d_out: int
+    site: str
+    target_site: str
+    latent: ExportedLatent | None
+    """None where the whole autoencoder was written."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, Unpack
 
 import torch
@@ -222,11 +221,3 @@ class RowKeeper:
 
     def close(self) -> None:
         """Do nothing."""
-
-
-def is_trace(data: Any) -> bool:
-    """Whether a path is the directory of a trace."""
-    try:
-        return (Path(data) / "manifest.json").is_file()
-    except TypeError:
-        return False

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,19 @@ from torch import Tensor
 
 from trimtab._base.files import atomic_write_text
 from trimtab._base.progress import progress
-from trimtab.backends import Backend, open_backend
 from trimtab.errors import InputError, VectorError
 from trimtab.results import to_json
 from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation, SAEScore, Splice
+from trimtab.sae._data import UNKNOWN_SITE, Data, opened
 from trimtab.sae._examples import choose, examples_of
 from trimtab.sae._matched import matched
-from trimtab.sae._sets import (
-    TENSOR_ROWS,
-    EvaluationSet,
-    ModelSet,
-    SourceSet,
-    contexts,
-    is_trace,
-)
+from trimtab.sae._sets import EvaluationSet, ModelSet
 from trimtab.sae._splice import splices
 from trimtab.sae._tally import Spread, Tally, decoder_cosines
-from trimtab.sae.data import TensorSource, Texts, TraceSource, open_texts
 from trimtab.sae.files import load
 from trimtab.sae.model import SAE
-from trimtab.trace import Trace
 
 SUMMARY = "evaluation.json"
-_TESTBED, _TESTBED_START = "testbed:1000000", 4096
-"""Documents of the embedded grammar from here on are in no training that uses the default ones."""
 _WATCHED = 4096
 Source = SAE | str | os.PathLike[str]
 
@@ -105,19 +93,21 @@ def evaluate(
         >>> found = evaluate("runs/sae/final", model="testbed")  # doctest: +SKIP
     """
     named, files = _named(saes)
-    if tokens < 2 or max_length < 2:
-        raise InputError(f"tokens is {tokens} and max_length {max_length}; at least 2 were expected")
     where, target = _sites(named, site, target_site)
     options: dict[str, Any] = {"dtype": dtype, "device": device, "batch_size": batch_size}
-    options |= {"allow_fallback": True} if allow_fallback else {}
-    with _opened(data, model, backend, options) as opened:
-        if opened is None:
-            source = _source(data, where, target)
-            places = (where, target) if where in source.widths else ("x", "y" if "y" in source.widths else "x")
-            rows: EvaluationSet = SourceSet(source, *places, tokens)
-        else:
-            rows = _texts(opened, data, where, target, tokens, max_length, skip_texts, batch_size)
-        device = device or ("cpu" if opened is None else opened.info.device)
+    asked = Data(
+        data=data,
+        model=model,
+        site=where,
+        target=target,
+        tokens=tokens,
+        max_length=max_length,
+        skip_texts=skip_texts,
+        backend=backend,
+        options=options | ({"allow_fallback": True} if allow_fallback else {}),
+    )
+    with opened(asked) as (rows, running):
+        device = device or ("cpu" if running is None else running.info.device)
         moved = {name: one.to(device=device) for name, one in named.items()}
         spread, tallies = _measure(rows, moved, latents, examples, seed)
         spliced: dict[str, Splice] = {}
@@ -129,9 +119,9 @@ def evaluate(
             shown = examples_of(tally, rows, choose(tally, latents), examples)
             scores.append(_score(name, files[name], tally, totals, spread.rows, spliced.get(name), shown, seed))
         result = SAEEvaluation(
-            model="" if opened is None else opened.model_id,
-            model_digest="" if opened is None else opened.info.weights_digest,
-            model_dtype="" if opened is None else opened.info.dtype,
+            model="" if running is None else running.model_id,
+            model_digest="" if running is None else running.info.weights_digest,
+            model_dtype="" if running is None else running.info.dtype,
             site=where,
             target_site=target,
             data=rows.name,
@@ -185,54 +175,9 @@ def _sites(named: Mapping[str, SAE], site: str | None, target: str | None) -> tu
     known = {one.site for one in named.values() if one.site}
     if site is None and len(known) > 1:
         raise InputError(f"the autoencoders are of {', '.join(sorted(known))}; evaluate those of one site together")
-    where = site or next(iter(known), "x")
+    where = site or next(iter(known), UNKNOWN_SITE)
     targets = {one.target_site for one in named.values() if one.target_site}
     return where, target or next(iter(targets), where)
-
-
-@contextmanager
-def _opened(data: Any, model: Any, backend: str, options: Mapping[str, Any]) -> Iterator[Backend | None]:
-    """Open the model when texts are to be run; a backend that was given stays open."""
-    if isinstance(data, (Tensor, tuple, Trace)) or hasattr(data, "chunks") or is_trace(data):
-        yield None
-        return
-    if hasattr(model, "generate") and hasattr(model, "info"):
-        yield model
-        return
-    if data is None and model != "testbed":
-        raise InputError("no data was given: give texts, such as a .txt file, for a model other than the embedded one")
-    opened = open_backend(backend, model, **options)
-    try:
-        yield opened
-    finally:
-        opened.close()
-
-
-def _source(data: Any, site: str, target: str) -> Any:
-    if isinstance(data, Tensor):
-        return TensorSource({"x": data}, chunk_rows=TENSOR_ROWS, name=f"a tensor of {len(data)} rows")
-    if isinstance(data, tuple):
-        pair = {"x": data[0], "y": data[1]}
-        return TensorSource(pair, chunk_rows=TENSOR_ROWS, name=f"a pair of tensors of {len(data[0])} rows")
-    if hasattr(data, "chunks"):
-        return data
-    if site == "x":
-        raise InputError("the autoencoders do not say their site; give site=, such as layers.3.resid_post")
-    return TraceSource(data, (site, target))
-
-
-def _texts(
-    opened: Backend, data: Any, site: str, target: str, tokens: int, max_length: int, skip: int, batch: int
-) -> ModelSet:
-    if site == "x":
-        raise InputError("the autoencoders do not say their site; give site=, such as layers.3.resid_post")
-    texts = open_texts(_TESTBED if data is None else data)
-    first = skip + (_TESTBED_START if data is None else 0)
-    texts = Texts(
-        name=f"{'testbed' if data is None else texts.name}{f', from text {first} on' * bool(first)}", start=texts.start
-    )
-    listed = contexts(opened, texts, start=first, tokens=tokens, max_length=max_length)
-    return ModelSet(opened, texts, listed, site, target, batch=batch)
 
 
 def _measure(

@@ -136,6 +136,7 @@ class SAE:
         learner: Trained,
         *,
         norm: float = 1.0,
+        target_norm: float | None = None,
         site: str = "",
         target_site: str = "",
         about: Mapping[str, Any] | None = None,
@@ -143,11 +144,13 @@ class SAE:
         """Take what a learner has learned, for activations in hidden units.
 
         Latents are positively homogeneous, so the norm goes into biases and thresholds alone: the weights keep every
-        bit, and a latent's activation times the length of its decoder row is in hidden units.
+        bit, and a latent's activation times the length of its decoder row is in hidden units. Only the decoder of a
+        transcoder is scaled, by the ratio of its two norms.
 
         Args:
             learner: has `config` and `parameters_unscaled()`.
             norm: what the activations were divided by for the training.
+            target_norm: what the targets were divided by; None: `norm`.
             site: where they were taken.
             target_site: where the target was taken, of a transcoder.
             about: more that its file should say.
@@ -155,40 +158,52 @@ class SAE:
         Raises:
             InputError: the learner holds values that are not finite, or thresholds under 0.
         """
-        config = learner.config
-        trained = str(config.architecture)
+        trained = str(learner.config.architecture)
         found = {name: tensor.detach().cpu() for name, tensor in learner.parameters_unscaled().items()}
         if "b_gate" in found:
             found["b_enc"] = found.pop("b_gate")
         tensors = {name: tensor.float().contiguous() for name, tensor in found.items() if name in NAMES}
-        if "threshold" in tensors and tensors["threshold"].ndim == 0:
+        if "threshold" in tensors:
             tensors["threshold"] = tensors["threshold"].expand(tensors["W_enc"].shape[1]).contiguous()
-        d_in, d_out = tensors["W_enc"].shape[0], tensors["W_dec"].shape[1]
-        crosses = d_in != d_out or bool(target_site and target_site != site) or config.d_out not in (None, d_in)
+        norms = {"norm": norm} if target_norm is None else {"norm": norm, "target_norm": target_norm}
         made = cls(
             architecture=_INFERENCE[trained],
             **tensors,
-            k=config.k if trained == "topk" else None,
-            subtract_b_dec=not crosses,
+            k=learner.config.k if trained == "topk" else None,
+            subtract_b_dec=bool(learner.config.centres),
             site=site,
             target_site=target_site,
-            about={"trained_as": trained, "norm": norm, **(about or {})},
+            about={"trained_as": trained, **norms, **(about or {})},
         )
-        return made.in_units_of(norm)
+        return made.in_units_of(norm, target_norm)
 
-    def in_units_of(self, norm: float) -> SAE:
-        """Return the same autoencoder for activations that are `norm` times as long.
+    def in_units_of(self, norm: float, target_norm: float | None = None) -> SAE:
+        """Return the same autoencoder for activations that are `norm` times as long, targets `target_norm` times.
 
         Raises:
-            InputError: the norm is not a finite number above 0.
+            InputError: a norm is not a finite number above 0.
         """
-        if not 0 < norm < float("inf"):
-            raise InputError(f"norm is {norm}; a finite number above 0 was expected")
-        if norm == 1:
+        other = norm if target_norm is None else target_norm
+        for value in (norm, other):
+            if not 0 < value < float("inf"):
+                raise InputError(f"norm is {value}; a finite number above 0 was expected")
+        if norm == other == 1:
             return self
-        scaled = {name: getattr(self, name) for name in ("b_enc", "b_dec", "threshold", "b_mag")}
-        grown = {name: (one.double() * norm).to(one.dtype) for name, one in scaled.items() if one is not None}
-        return replace(self, **grown)
+        whole = self._without_centring() if norm != other else self
+        factors = {"b_enc": norm, "threshold": norm, "b_mag": norm, "b_dec": other, "W_dec": other / norm}
+        pairs = ((name, getattr(whole, name), factor) for name, factor in factors.items() if factor != 1)
+        return replace(whole, **{n: (one.double() * by).to(one.dtype) for n, one, by in pairs if one is not None})
+
+    def _without_centring(self) -> SAE:
+        """Return the same map with x - b_dec written into the biases of the encoder."""
+        if not self.subtract_b_dec:
+            return self
+        shift = self.b_dec.double() @ self.W_enc.double()
+        biases = {"b_enc": self.b_enc.double() - shift}
+        if self.b_mag is not None and self.r_mag is not None:
+            biases["b_mag"] = self.b_mag.double() - shift * self.r_mag.double().exp()
+        moved: dict[str, Any] = {name: one.to(self.b_enc.dtype) for name, one in biases.items()}
+        return replace(self, subtract_b_dec=False, **moved)
 
     @property
     def d_in(self) -> int:
