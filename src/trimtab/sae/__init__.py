@@ -1,0 +1,69 @@
+"""Sparse autoencoders: mixed-precision training that is exactly the float32 run, and what they are worth.
+
+Names are imported when they are used.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trimtab.sae.config import OptimConfig as OptimConfig
+    from trimtab.sae.config import SAEConfig as SAEConfig
+    from trimtab.sae.learner import Learner as Learner
+    from trimtab.sae.learner import SelfTest as SelfTest
+    from trimtab.sae.learner import StepLosses as StepLosses
+    from trimtab.sae.precision import Precision as Precision
+    from trimtab.sae.scaling import Scales as Scales
+    from trimtab.sae.synthetic import SparseDictionary as SparseDictionary
+    from trimtab.sae.synthetic import recovery as recovery
+
+_WHERE = {
+    "Learner": "learner",
+    "OptimConfig": "config",
+    "Precision": "precision",
+    "SAEConfig": "config",
+    "Scales": "scaling",
+    "SelfTest": "learner",
+    "SparseDictionary": "synthetic",
+    "StepLosses": "learner",
+    "recovery": "synthetic",
+}
+
+__all__ = [
+    "Learner",
+    "OptimConfig",
+    "Precision",
+    "SAEConfig",
+    "Scales",
+    "SelfTest",
+    "SparseDictionary",
+    "StepLosses",
+    "recovery",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'trimtab.sae' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"trimtab.sae.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """Keeps names such as `sae.train` functions: importing the package of that name binds nothing."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _WHERE and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

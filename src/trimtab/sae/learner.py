@@ -1,0 +1,323 @@
+"""Learner: one autoencoder in training, in any precision, its scales hidden from whoever trains it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trimtab.errors import InputError
+from trimtab.sae._begin import first_parameters
+from trimtab.sae.architectures import FORWARD, Scene, Terms
+from trimtab.sae.config import OptimConfig, SAEConfig
+from trimtab.sae.optim import SparsityControl, Updater, lr_factor, sparsity_factor
+from trimtab.sae.precision import Precision
+from trimtab.sae.scaling import Scales
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepLosses:
+    """One step in unscaled units; `loss = recon + sparsity + aux`, before the step."""
+
+    step: int
+    """0-based number of the step."""
+    loss: float
+    recon: float
+    """Mean over tokens of the squared error; targets have a mean squared length of 1, so it is a share of that."""
+    l0: float
+    """Mean number of active latents per token."""
+    sparsity: float
+    """The penalty with its coefficient."""
+    aux: float
+    """Auxiliary losses with their coefficients."""
+    grad_norm: float
+    """Of the unscaled gradient, before clipping; nan where none was asked for."""
+    lr: float
+    """In unscaled units."""
+    coefficient: float
+    """Of the sparsity."""
+    skipped: bool = False
+    """The gradient was not finite and nothing moved."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SelfTest:
+    """Whether every parameter can learn, seen from one batch."""
+
+    passed: bool
+    problems: tuple[str, ...]
+    """One line each; empty when it passed."""
+    gradients: Mapping[str, float]
+    """Length of each parameter's unscaled gradient."""
+    zeros: Mapping[str, float]
+    """Share of each gradient's elements that are exactly 0."""
+
+
+@dataclass(slots=True)
+class Computed:
+    """What one batch asks for, before anything moves; processes that share a batch may reduce it."""
+
+    losses: dict[str, float]
+    """loss, recon, l0, sparsity, aux."""
+    gradients: dict[str, Tensor]
+    """Of the stored parameters, stored units."""
+    fired: Tensor
+    """[d_sae] tokens of the batch on which each latent fired."""
+    tokens: int
+    coefficient: float
+    cut: Tensor | None
+    """BatchTopK kinds: the smallest latent that was kept, stored units."""
+
+
+class Learner:
+    """Parameters, optimizer and counters of one autoencoder.
+
+    Args:
+        config: the autoencoder, unit-free.
+        optim: how it is optimised, unit-free.
+        precision: of storage and compute.
+        scales: of what is stored; None: `Scales.choose` for a batch of 4096.
+        total_steps: of the run: the learning rate ends there.
+        seed: of the first parameters.
+        device: where it lives.
+        compile: compile the loss with torch.compile; worth it on a GPU.
+
+    Raises:
+        RecipeError: settings that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        optim: OptimConfig | None = None,
+        precision: Precision | None = None,
+        scales: Scales | None = None,
+        total_steps: int = 10_000,
+        seed: int = 0,
+        device: str | torch.device = "cpu",
+        compile: bool = False,
+    ) -> None:
+        self.config, self.optim = config, OptimConfig() if optim is None else optim
+        self.optim.check(config)
+        self.precision = Precision() if precision is None else precision
+        self.scales = Scales.choose(config, {}, self.precision) if scales is None else scales
+        self.total_steps, self.device = total_steps, torch.device(device)
+        self._generator = torch.Generator().manual_seed(seed)
+        self._forward = FORWARD[config.architecture]
+        if compile:
+            self._forward = torch.compile(self._forward)
+        self._parameters = self._stored(first_parameters(config, self._generator))
+        self._updater = Updater(
+            self.optim, self._parameters, self.scales, self.precision, decoder_norm=config.decoder_norm
+        )
+        self._control = None if self.optim.target_l0 is None else SparsityControl(self.optim.target_l0)
+        self._silent = torch.zeros(config.d_sae, dtype=torch.int64, device=self.device)
+        self._cut = torch.full((), math.nan, dtype=torch.float64, device=self.device)
+        self._low: dict[str, Tensor] = {}
+        self._refresh()
+
+    @property
+    def steps(self) -> int:
+        """Steps taken."""
+        return self._updater.steps
+
+    def step(self, x: Tensor, target: Tensor | None = None) -> StepLosses:
+        """Take one step.
+
+        Args:
+            x: [batch, d_in] activations of mean squared length 1, any float dtype.
+            target: [batch, d_out] of mean squared length 1; None: x itself.
+
+        Raises:
+            InputError: a width that is not the autoencoder's, or a target that is missing.
+        """
+        return self.apply(self.compute(x, target))
+
+    def compute(self, x: Tensor, target: Tensor | None = None) -> Computed:
+        """Return losses and gradients of a batch; nothing moves."""
+        coefficient = self._coefficient()
+        leaves = {name: value.detach().requires_grad_() for name, value in self._parameters.items()}
+        terms = self._terms(leaves, x, target, coefficient)
+        scaled = (terms.recon + terms.sparsity + terms.aux) * self.scales.loss
+        found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True)
+        gradients = {
+            name: torch.zeros_like(leaf) if gradient is None else gradient
+            for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+        }
+        tokens = len(x)
+        return Computed(_figures(terms, tokens), gradients, terms.fired, tokens, coefficient, terms.cut)
+
+    def apply(self, computed: Computed) -> StepLosses:
+        """Move the parameters by what `compute` found; a gradient that is not finite moves nothing."""
+        number = self.steps
+        lr = self.optim.lr * lr_factor(self.optim, number, self.total_steps)
+        norm = self._updater.norm(computed.gradients)
+        skipped = not math.isfinite(norm)
+        if skipped:
+            self._updater.steps += 1
+        else:
+            self._updater.step(computed.gradients, lr=lr, norm=norm)
+            self._refresh()
+        self._silent = torch.where(computed.fired > 0, 0, self._silent + computed.tokens)
+        if computed.cut is not None:
+            self._follow(computed.cut)
+        if self._control is not None:
+            self._control.observe(computed.losses["l0"])
+        return StepLosses(
+            step=number,
+            **computed.losses,
+            grad_norm=norm,
+            lr=lr,
+            coefficient=computed.coefficient,
+            skipped=skipped,
+        )
+
+    def losses(self, x: Tensor, target: Tensor | None = None) -> StepLosses:
+        """Return the losses of a batch as the next step would see it; nothing moves."""
+        coefficient = self._coefficient()
+        with torch.no_grad():
+            terms = self._terms(self._parameters, x, target, coefficient)
+        return StepLosses(
+            step=self.steps,
+            **_figures(terms, len(x)),
+            grad_norm=math.nan,
+            lr=self.optim.lr * lr_factor(self.optim, self.steps, self.total_steps),
+            coefficient=coefficient,
+        )
+
+    def gradients(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
+        """Return the unscaled gradients of a batch, wide, named and laid out as `parameters_unscaled`."""
+        return self._unscaled(
+            {
+                name: value.to(self.precision.wide) * (self.scales.of(name) ** 2 / self.scales.loss)
+                for name, value in self.compute(x, target).gradients.items()
+            }
+        )
+
+    def latents(self, x: Tensor) -> Tensor:
+        """Return the latents [batch, d_sae] that training sees, unscaled, wide."""
+        raise NotImplementedError
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """Return the reconstruction [batch, d_out], unscaled, wide."""
+        raise NotImplementedError
+
+    def parameters_unscaled(self) -> dict[str, Tensor]:
+        """Return the parameters under SAELens's names, scales undone, wide, on the CPU.
+
+        W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc [d_sae], b_dec [d_out]; JumpReLU kinds: threshold [d_sae];
+        BatchTopK kinds: threshold [d_sae], one number, what a trained one goes by; gated: b_enc is the gate's, b_mag and
+        r_mag [d_sae].
+        """
+        return self._unscaled(self._parameters)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return everything that a bitwise resume needs, stored units, contiguous, without copies."""
+        found = {f"parameter.{name}": value for name, value in self._parameters.items()}
+        found |= {f"first.{name}": value for name, value in self._updater.first.items()}
+        found |= {f"second.{name}": value for name, value in self._updater.second.items()}
+        control = self._control
+        found["steps"] = torch.tensor(self.steps)
+        found["control"] = torch.tensor([0.0, 0.0] if control is None else [control.integral, control.error]).double()
+        found["silent"], found["cut"] = self._silent, self._cut
+        found["generator"] = self._generator.get_state()
+        return found
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what `state` gave.
+
+        Raises:
+            InputError: tensors that are missing, unknown, or of another shape or dtype.
+        """
+        own = self.state()
+        for name in sorted(own.keys() | state.keys()):
+            if name not in own or name not in state:
+                raise InputError(f"the state {'lacks' if name in own else 'has an unknown'} {name!r}")
+            if own[name].shape != state[name].shape or own[name].dtype != state[name].dtype:
+                given, needed = (f"{tuple(t.shape)} {t.dtype}" for t in (state[name], own[name]))
+                raise InputError(f"{name!r} in the state is {given}; {needed} was expected")
+        for name, value in own.items():
+            if name.partition(".")[0] in ("parameter", "first", "second", "silent", "cut"):
+                value.copy_(state[name])
+        self._updater.steps = int(state["steps"])
+        if self._control is not None:
+            self._control.integral, self._control.error = map(float, state["control"])
+        self._generator.set_state(state["generator"])
+        self._refresh()
+
+    def dead(self, tokens: int | None = None) -> Tensor:
+        """Return which latents [d_sae] have not fired for that many tokens; None: the configuration's number."""
+        return self._silent >= (self.config.dead_tokens if tokens is None else tokens)
+
+    def self_test(self, x: Tensor, target: Tensor | None = None) -> SelfTest:
+        """Look whether every parameter has a finite gradient other than 0, and the sparsity has one at all."""
+        raise NotImplementedError
+
+    def _coefficient(self) -> float:
+        factor = 1.0 if self._control is None else self._control.factor
+        return self.config.sparsity_coefficient * sparsity_factor(self.optim, self.steps) * factor
+
+    def _terms(self, parameters: Mapping[str, Tensor], x: Tensor, target: Tensor | None, coefficient: float) -> Terms:
+        return self._forward(self._scene(parameters, x, target, coefficient))
+
+    def _scene(self, parameters: Mapping[str, Tensor], x: Tensor, target: Tensor | None, coefficient: float) -> Scene:
+        config, wide = self.config, self.precision.wide
+        if x.ndim != 2 or x.shape[1] != config.d_in:
+            raise InputError(f"activations are {tuple(x.shape)}; [batch, {config.d_in}] was expected")
+        if target is None and config.output != config.d_in:
+            raise InputError(f"the target of a transcoder is missing; [batch, {config.output}] was expected")
+        if target is not None and target.shape != (len(x), config.output):
+            raise InputError(f"targets are {tuple(target.shape)}; [{len(x)}, {config.output}] was expected")
+        given = x.to(self.device, wide)
+        wanted = given if target is None else target.to(self.device, wide)
+        scales = self.scales
+        return Scene(
+            config=config,
+            scales=scales,
+            precision=self.precision,
+            parameters=parameters,
+            low=self._low,
+            x=given * scales.s,
+            target=wanted * scales.total,
+            coefficient=coefficient,
+            dead=self.dead() if config.is_topk and config.aux_coefficient else None,
+            unit_decoder=self.optim.decoder_norm == "unit",
+        )
+
+    def _stored(self, unscaled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        wide = self.precision.wide
+        return {
+            name: (value.to(self.device, wide) * self.scales.of(name)).to(
+                wide if name == "threshold" else self.precision.dtype
+            )
+            for name, value in unscaled.items()
+        }
+
+    def _unscaled(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = {
+            name: value.detach().to("cpu", self.precision.wide) / self.scales.of(name) for name, value in stored.items()
+        }
+        found["W_enc"] = found["W_enc"].t().contiguous()
+        return found
+
+    def _refresh(self) -> None:
+        """Make the low-precision copies of the weights, once per step."""
+        for name in ("W_enc", "W_dec"):
+            self._low[name] = self._parameters[name].detach().to(self.precision.compute)
+
+    def _follow(self, cut: Tensor) -> None:
+        """Let the threshold used after training follow the smallest latent that was kept."""
+        now = cut.double() / self.scales.pre
+        rate = self.config.threshold_rate
+        moved = torch.where(self._cut.isnan(), now, self._cut + rate * (now - self._cut))
+        self._cut = torch.where(now.isfinite() & (now > 0), moved, self._cut)
+
+
+def _figures(terms: Terms, tokens: int) -> dict[str, float]:
+    recon, sparsity, aux = (float(part.detach()) for part in terms[:3])
+    l0 = float(terms.fired.sum()) / tokens
+    return {"loss": recon + sparsity + aux, "recon": recon, "l0": l0, "sparsity": sparsity, "aux": aux}
