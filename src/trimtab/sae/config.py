@@ -95,7 +95,7 @@ class SAEConfig(_Readable):
     tanh_scale: float | None = None
     """Factor c of the tanh penalty; None: 4 sqrt(d_in), Anthropic's 4 for activations of length sqrt(d_in)."""
     widths: tuple[int, ...] = ()
-    """Matryoshka kinds: latents in each nested prefix, rising, the last `d_sae`; (): groups of 1/16 1/16 1/8 1/4 1/2."""
+    """Matryoshka kinds: latents in each nested prefix, rising to `d_sae`; (): groups of 1/16 1/16 1/8 1/4 1/2."""
     aux_coefficient: float = 1 / 32
     """TopK kinds: factor of the auxiliary loss, in which dead latents reconstruct the error."""
     aux_k: int | None = None
@@ -227,7 +227,7 @@ class OptimConfig(_Readable):
     warmup: int = 1000
     """Steps in which the rate rises from a tenth of its peak; never more than a tenth of the run."""
     decay: float = 0.2
-    """Share of the run, at its end, in which the rate falls to 0 along a line; 1 with `cosine`-like long decays."""
+    """Share of the run, at its end, in which the rate falls to 0 along a line."""
     clip: float | None = None
     """Largest norm of the unscaled gradient; a larger one is scaled down. None: no clipping."""
     decoder_norm: DecoderNorm = "unit"

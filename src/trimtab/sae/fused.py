@@ -2,7 +2,7 @@
 
     encode   pre = (x - b_dec) W_enc^T + b_enc      no gradient to x; that of b_dec is reduced before it is multiplied
     jump     z = pre 1[pre > theta], L0 = sum 1[pre > theta]                      the mask is recomputed, not stored
-    decode   y = z W_dec + kappa b_dec
+    decode   y = z W_dec
 
 Weights are latent-major: W_enc [d_sae, d_in], W_dec [d_sae, d_out]. Products run on low-precision copies and give
 low-precision results; sums over the batch for biases and thresholds are in the wide dtype.
@@ -25,7 +25,7 @@ from torch.autograd import Function
 def matmul(left: Tensor, right: Tensor) -> Tensor:
     """Return `left @ right` with float32 accumulation, in the operands' dtype.
 
-    CPUs have no float16 products to speak of: there the operands are widened, which is exact, and the result is rounded.
+    CPUs have no float16 products to speak of: there operands are widened, which is exact, and the result is rounded.
     """
     if left.dtype == torch.float16 and left.device.type == "cpu":
         return (left.float() @ right.float()).to(torch.float16)
@@ -62,24 +62,20 @@ class _Encode(Function):
 
 class _Decode(Function):
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, wide: torch.dtype, kappa: float
-    ) -> Tensor:
-        ctx.save_for_backward(z, low)
-        ctx.kappa, ctx.dtypes = kappa, (weight.dtype, None if bias is None else bias.dtype, wide)
-        product = matmul(z.to(low.dtype), low).to(wide)
-        return product if bias is None else product.add_(bias.to(wide), alpha=kappa)
+    def forward(ctx: Any, z: Tensor, weight: Tensor, low: Tensor, wide: torch.dtype) -> Tensor:
+        narrow = z.to(low.dtype)
+        ctx.save_for_backward(narrow, low)
+        ctx.dtypes = (z.dtype, weight.dtype)
+        return matmul(narrow, low).to(wide)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         z, low = ctx.saved_tensors
-        of_weight, of_bias, wide = ctx.dtypes
-        narrow = grad.to(low.dtype)
-        latents = matmul(narrow, low.t()) if ctx.needs_input_grad[0] else None
-        weight = matmul(z.to(low.dtype).t(), narrow).to(of_weight) if ctx.needs_input_grad[1] else None
-        bias = None if of_bias is None else (grad.sum(0, dtype=wide) * ctx.kappa).to(of_bias)
-        return None if latents is None else latents.to(z.dtype), weight, bias, None, None, None
+        of_z, of_weight = ctx.dtypes
+        grad = grads[0].to(low.dtype)
+        latents = matmul(grad, low.t()).to(of_z) if ctx.needs_input_grad[0] else None
+        weight = matmul(z.t(), grad).to(of_weight) if ctx.needs_input_grad[1] else None
+        return latents, weight, None, None
 
 
 class _Jump(Function):
@@ -117,20 +113,16 @@ def encode(x: Tensor, b_dec: Tensor | None, weight: Tensor, bias: Tensor | None,
     return result
 
 
-def decode(
-    z: Tensor, weight: Tensor, bias: Tensor | None, low: Tensor, wide: torch.dtype, kappa: float = 1.0
-) -> Tensor:
-    """Return the reconstruction [batch, d_out], wide, in stored units.
+def decode(z: Tensor, weight: Tensor, low: Tensor, wide: torch.dtype) -> Tensor:
+    """Return what latents write [batch, d_out], wide, in stored units, without the bias.
 
     Args:
-        z: [batch, d_sae], times the activation multiplier.
-        weight: [d_sae, d_out], the parameter that gets the gradient.
-        bias: [d_out]; kappa times it is added. None: nothing is.
+        z: [batch, latents], times the activation multiplier.
+        weight: [latents, d_out], the parameter that gets the gradient.
         low: the copy of `weight` that the product is made with.
-        wide: dtype of the result and of sums.
-        kappa: scale of the output beyond that of the bias.
+        wide: dtype of the result.
     """
-    result: Tensor = _Decode.apply(z, weight, bias, low, wide, kappa)
+    result: Tensor = _Decode.apply(z, weight, low, wide)
     return result
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.errors import InputError
 from trimtab.sae._begin import first_parameters
-from trimtab.sae.architectures import FORWARD, Scene, Terms
+from trimtab.sae.architectures import FUNCTIONS, Scene, Split, Terms
 from trimtab.sae.config import OptimConfig, SAEConfig
 from trimtab.sae.optim import SparsityControl, Updater, lr_factor, sparsity_factor
 from trimtab.sae.precision import Precision
@@ -84,6 +84,7 @@ class Learner:
         seed: of the first parameters.
         device: where it lives.
         compile: compile the loss with torch.compile; worth it on a GPU.
+        split: how latents are spread over processes; None: they are all here.
 
     Raises:
         RecipeError: settings that do not fit each other.
@@ -100,6 +101,7 @@ class Learner:
         seed: int = 0,
         device: str | torch.device = "cpu",
         compile: bool = False,
+        split: Split | None = None,
     ) -> None:
         self.config, self.optim = config, OptimConfig() if optim is None else optim
         self.optim.check(config)
@@ -107,15 +109,18 @@ class Learner:
         self.scales = Scales.choose(config, {}, self.precision) if scales is None else scales
         self.total_steps, self.device = total_steps, torch.device(device)
         self._generator = torch.Generator().manual_seed(seed)
-        self._forward = FORWARD[config.architecture]
+        self._forward, self._latents = FUNCTIONS[config.architecture]
         if compile:
             self._forward = torch.compile(self._forward)
+        self._split = split
+        self.own = slice(0, config.d_sae) if split is None else split.own(config.d_sae)
+        """The latents that this process holds."""
         self._parameters = self._stored(first_parameters(config, self._generator))
         self._updater = Updater(
             self.optim, self._parameters, self.scales, self.precision, decoder_norm=config.decoder_norm
         )
         self._control = None if self.optim.target_l0 is None else SparsityControl(self.optim.target_l0)
-        self._silent = torch.zeros(config.d_sae, dtype=torch.int64, device=self.device)
+        self._silent = torch.zeros(self.own.stop - self.own.start, dtype=torch.int64, device=self.device)
         self._cut = torch.full((), math.nan, dtype=torch.float64, device=self.device)
         self._low: dict[str, Tensor] = {}
         self._refresh()
@@ -198,22 +203,29 @@ class Learner:
             }
         )
 
+    @torch.no_grad()
     def latents(self, x: Tensor) -> Tensor:
-        """Return the latents [batch, d_sae] that training sees, unscaled, wide."""
-        raise NotImplementedError
+        """Return the latents [batch, d_sae] that training sees, unscaled, wide; BatchTopK's depend on the batch."""
+        scene = self._scene(self._parameters, x, None, 0.0, needs_target=False)
+        return self._latents(scene).to(self.precision.wide) / self.scales.pre
 
+    @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return the reconstruction [batch, d_out], unscaled, wide."""
-        raise NotImplementedError
+        scene = self._scene(self._parameters, x, None, 0.0, needs_target=False)
+        return scene.decode(self._latents(scene)) / self.scales.total
 
     def parameters_unscaled(self) -> dict[str, Tensor]:
         """Return the parameters under SAELens's names, scales undone, wide, on the CPU.
 
         W_enc [d_in, d_sae], W_dec [d_sae, d_out], b_enc [d_sae], b_dec [d_out]; JumpReLU kinds: threshold [d_sae];
-        BatchTopK kinds: threshold [d_sae], one number, what a trained one goes by; gated: b_enc is the gate's, b_mag and
-        r_mag [d_sae].
+        BatchTopK kinds: threshold [d_sae], one number, what a trained one goes by; gated: b_enc is the gate's, with
+        b_mag and r_mag [d_sae].
         """
-        return self._unscaled(self._parameters)
+        found = self._unscaled(self._parameters)
+        if self.config.is_topk and self.config.architecture != "topk":
+            found["threshold"] = self._trained_threshold()
+        return found
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that a bitwise resume needs, stored units, contiguous, without copies."""
@@ -254,8 +266,32 @@ class Learner:
         return self._silent >= (self.config.dead_tokens if tokens is None else tokens)
 
     def self_test(self, x: Tensor, target: Tensor | None = None) -> SelfTest:
-        """Look whether every parameter has a finite gradient other than 0, and the sparsity has one at all."""
-        raise NotImplementedError
+        """Look whether every parameter has a finite gradient other than 0, and the sparsity reaches the parameters.
+
+        The sparsity's path is looked at with its full coefficient, whatever a warm-up makes of it now.
+        """
+        gradients = self.gradients(x, target)
+        problems = []
+        for name, gradient in gradients.items():
+            finite = bool(gradient.isfinite().all())
+            if not finite or not gradient.any():
+                problems.append(f"{name}: the gradient is {'0 everywhere' if finite else 'not finite'}")
+        if not self.config.is_topk:
+            leaves = {name: value.detach().requires_grad_() for name, value in self._parameters.items()}
+            sparsity = self._terms(leaves, x, target, max(self.config.sparsity_coefficient, 1.0)).sparsity
+            reached = (
+                torch.autograd.grad(sparsity * self.scales.loss, list(leaves.values()), allow_unused=True)
+                if sparsity.requires_grad
+                else ()
+            )
+            if not any(bool(one.any()) for one in reached if one is not None):
+                problems.append("sparsity: it reaches no parameter, so L0 cannot change")
+        return SelfTest(
+            passed=not problems,
+            problems=tuple(problems),
+            gradients={name: float(value.norm()) for name, value in gradients.items()},
+            zeros={name: float((value == 0).double().mean()) for name, value in gradients.items()},
+        )
 
     def _coefficient(self) -> float:
         factor = 1.0 if self._control is None else self._control.factor
@@ -264,11 +300,19 @@ class Learner:
     def _terms(self, parameters: Mapping[str, Tensor], x: Tensor, target: Tensor | None, coefficient: float) -> Terms:
         return self._forward(self._scene(parameters, x, target, coefficient))
 
-    def _scene(self, parameters: Mapping[str, Tensor], x: Tensor, target: Tensor | None, coefficient: float) -> Scene:
+    def _scene(
+        self,
+        parameters: Mapping[str, Tensor],
+        x: Tensor,
+        target: Tensor | None,
+        coefficient: float,
+        *,
+        needs_target: bool = True,
+    ) -> Scene:
         config, wide = self.config, self.precision.wide
         if x.ndim != 2 or x.shape[1] != config.d_in:
             raise InputError(f"activations are {tuple(x.shape)}; [batch, {config.d_in}] was expected")
-        if target is None and config.output != config.d_in:
+        if needs_target and target is None and config.output != config.d_in:
             raise InputError(f"the target of a transcoder is missing; [batch, {config.output}] was expected")
         if target is not None and target.shape != (len(x), config.output):
             raise InputError(f"targets are {tuple(target.shape)}; [{len(x)}, {config.output}] was expected")
@@ -286,15 +330,17 @@ class Learner:
             coefficient=coefficient,
             dead=self.dead() if config.is_topk and config.aux_coefficient else None,
             unit_decoder=self.optim.decoder_norm == "unit",
+            split=self._split,
         )
 
     def _stored(self, unscaled: Mapping[str, Tensor]) -> dict[str, Tensor]:
         wide = self.precision.wide
+        mine = {name: value if name == "b_dec" else value[self.own] for name, value in unscaled.items()}
         return {
             name: (value.to(self.device, wide) * self.scales.of(name)).to(
                 wide if name == "threshold" else self.precision.dtype
             )
-            for name, value in unscaled.items()
+            for name, value in mine.items()
         }
 
     def _unscaled(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -303,6 +349,11 @@ class Learner:
         }
         found["W_enc"] = found["W_enc"].t().contiguous()
         return found
+
+    def _trained_threshold(self) -> Tensor:
+        """Return the one threshold of a BatchTopK kind, [d_sae]; before the first step it is 0."""
+        cut = self._cut.nan_to_num(0.0).to("cpu", self.precision.wide)
+        return cut.expand(len(self._silent)).clone()
 
     def _refresh(self) -> None:
         """Make the low-precision copies of the weights, once per step."""

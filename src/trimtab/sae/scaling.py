@@ -8,9 +8,9 @@ before the decoder and g the gradient scale:
     y' = (c z') W_dec' + kappa b_dec'    kappa = b_e c b_d     target' = kappa s y     y' - target' = S (y_hat - y)
     loss' = g S^2 loss                   S = s kappa           dloss'/dp' = (g S^2 / sigma_p) dloss/dp
 
-where sigma_p is the scale that parameter p is stored with. Adam moves p' by its rate whatever the gradient, so a rate lr
-becomes sigma_p lr and eps becomes eps g S^2 / sigma_p: the scaled run then *is* the unscaled one, bit for bit where the
-scales are powers of two and nothing leaves the dtype's range.
+where sigma_p is the scale that parameter p is stored with. Adam moves p' by its rate whatever the gradient, so a rate
+lr becomes sigma_p lr and eps becomes eps g S^2 / sigma_p: the scaled run then *is* the unscaled one, bit for bit where
+the scales are powers of two and nothing leaves the dtype's range.
 """
 
 from __future__ import annotations

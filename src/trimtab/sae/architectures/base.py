@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,9 +25,33 @@ class Terms(NamedTuple):
     aux: Tensor
     """Auxiliary losses with their coefficients."""
     fired: Tensor
-    """[d_sae] tokens of the batch on which each latent fired, int64."""
+    """[latents here] tokens of the batch on which each latent fired, int64."""
     cut: Tensor | None = None
     """BatchTopK kinds: the smallest latent that was kept, stored units."""
+
+
+class Split(Protocol):
+    """Latents spread over processes that see the same batch: every one holds a contiguous range of them.
+
+    A process has the rows of W_enc and W_dec and the elements of b_enc, thresholds and counters that are its own, and
+    all of b_dec. With these four operations each computes the loss of the whole and the gradients of its part.
+    """
+
+    def own(self, d_sae: int) -> slice:
+        """Return the range of latents that this process holds."""
+        ...
+
+    def reduce(self, partial: Tensor) -> Tensor:
+        """Return the sum over processes; its gradient passes to each unchanged."""
+        ...
+
+    def share(self, whole: Tensor) -> Tensor:
+        """Return what every process holds alike, unchanged; its gradient is summed over processes."""
+        ...
+
+    def kth_largest(self, largest: Tensor, k: int) -> Tensor:
+        """Return the k-th largest over processes [rows, 1], from the largest of each [rows, at most k], sorted down."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,26 +72,43 @@ class Scene:
     coefficient: float
     """Of the sparsity, now."""
     dead: Tensor | None
-    """[d_sae] latents that have not fired for long; None: nobody asks."""
+    """[latents here] which have not fired for long; None: nobody asks."""
     unit_decoder: bool
     """Whether the decoder's rows are held at their first length."""
+    split: Split | None = None
+    """How latents are spread over processes; None: they are all here."""
 
     def encode(self, *, bias: str | None = "b_enc") -> Tensor:
         """Return pre-activations [batch, d_sae] in the compute dtype."""
         p = self.parameters
         centre = p["b_dec"] if self.config.centres else None
+        if centre is not None and self.split is not None:
+            centre = self.split.share(centre)
         return fused.encode(self.x, centre, p["W_enc"], None if bias is None else p[bias], self.low["W_enc"])
 
-    def decode(self, z: Tensor, *, prefix: int | None = None, bias: bool = True, frozen: bool = False) -> Tensor:
-        """Return the reconstruction [batch, d_out] of latents, the first `prefix` only, the decoder `frozen` or not."""
-        weight, low, b_dec = self.parameters["W_dec"], self.low["W_dec"], self.parameters["b_dec"]
-        if prefix is not None:
-            z, weight, low = z[:, :prefix], weight[:prefix], low[:prefix]
-        if frozen:
-            weight, b_dec = weight.detach(), b_dec.detach()
+    def write(self, z: Tensor, *, rows: slice | None = None, frozen: bool = False) -> Tensor:
+        """Return what latents write [batch, d_out], without the bias.
+
+        Args:
+            z: [batch, latents], as many as there are `rows`.
+            rows: of the decoder; None: all.
+            frozen: give the decoder no gradient.
+        """
+        weight, low = self.parameters["W_dec"], self.low["W_dec"]
+        if rows is not None:
+            weight, low = weight[rows], low[rows]
         c = self.scales.c
-        wide, kappa = self.precision.wide, self.scales.kappa
-        return fused.decode(z if c == 1 else z * c, weight, b_dec if bias else None, low, wide, kappa)
+        partial = fused.decode(z if c == 1 else z * c, weight.detach() if frozen else weight, low, self.precision.wide)
+        return partial if self.split is None else self.split.reduce(partial)
+
+    def offset(self, *, frozen: bool = False) -> Tensor:
+        """Return the decoder's bias [d_out] at the scale of its output, wide."""
+        bias = self.parameters["b_dec"].to(self.precision.wide) * self.scales.kappa
+        return bias.detach() if frozen else bias
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Return the reconstruction [batch, d_out]."""
+        return self.write(z) + self.offset()
 
     def squared(self, error: Tensor) -> Tensor:
         """Return the mean over tokens of the squared length of an error, unscaled."""

@@ -1,6 +1,6 @@
 """JumpReLU: a threshold per latent, trained through a rectangle kernel, and a penalty on what passes it.
 
-Step penalty: lambda L0 (Rajamanoharan et al. 2024). Tanh penalty: lambda sum tanh(c z |d|) (Anthropic, 2025), both with
+Step penalty: lambda L0 (Rajamanoharan et al. 2024). Tanh penalty: lambda sum tanh(c z |d|) (Anthropic 2025), both with
 the pre-activation loss lambda_P sum relu(threshold - pre) |d| where it is asked for.
 """
 
@@ -33,6 +33,11 @@ def penalties(scene: Scene, pre: Tensor, z: Tensor, count: Tensor) -> tuple[Tens
         below = torch.relu(scene.parameters["threshold"] - pre.to(wide)) * scene.norms()
         aux = below.sum() * (config.pre_act_coefficient / (batch * scales.pre))
     return sparsity * scene.coefficient, aux
+
+
+def latents(scene: Scene) -> Tensor:
+    """Return the latents of a batch."""
+    return activate(scene, scene.encode())[0]
 
 
 def forward(scene: Scene) -> Terms:
