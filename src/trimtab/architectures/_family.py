@@ -147,6 +147,21 @@ def _same(config: Config, numerics: Numerics, layer: int) -> Numerics:
     return numerics
 
 
+def attention_biases(config: Config) -> tuple[str, ...]:
+    """Return the roles with a bias in the families that have one option for all four attention projections."""
+    return ("q", "k", "v", "o") if getattr(config, "attention_bias", False) else ()
+
+
+def no_biases(config: Config) -> tuple[str, ...]:
+    """Return the roles with a bias where the family has none."""
+    return ()
+
+
+def qkv_biases(config: Config) -> tuple[str, ...]:
+    """Return the roles with a bias in Qwen 2: q, k and v unless its option says otherwise."""
+    return ("q", "k", "v") if getattr(config, "qkv_bias", True) else ()
+
+
 def softmax_router(config: Config) -> Router | None:
     """Return the router of the Qwen mixtures of experts; None for their dense forms."""
     if not getattr(config, "num_experts", 0):
@@ -265,6 +280,8 @@ class Family:
     """Called with the top configuration, because wrappers store their text tower under other names."""
     vllm: Vllm
     router: Callable[[Config], Router | None] = _no_router
+    biased: Callable[[Config], tuple[str, ...]] = attention_biases
+    """Roles of `Disk.layers` whose projections or norms have a bias."""
     layer_numerics: Callable[[Config, Numerics, int], Numerics] = _same
     """What one layer's arithmetic is, where layers differ; called with the model's numerics."""
     note: str = ""

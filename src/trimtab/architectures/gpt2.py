@@ -35,6 +35,7 @@ FAMILY = Family(
     final_norm="ln_f",
     block=lambda config: BlockPaths(attn="attn", mid="ln_2", o="c_proj", down="c_proj", qkv="fused", fused="c_attn"),
     numerics=_numerics,
+    biased=lambda config: tuple(_LAYERS),
     layer_numerics=_layer_numerics,
     disk=lambda config: Disk(
         prefix="transformer.", layers=_LAYERS, embed="wte.weight", final_norm="ln_f.weight", transposed=True

@@ -34,6 +34,11 @@ def _numerics(config: Config) -> Numerics:
     return base_numerics(config, norm="layernorm", norm_rounds_first=False, residual=form)
 
 
+def _biased(config: Config) -> tuple[str, ...]:
+    attention = ("qkv", "o")
+    return tuple(role for role in _LAYERS if config.attention_bias or role not in attention)
+
+
 FAMILY = Family(
     name="gpt_neox",
     model_types=("gpt_neox",),
@@ -42,6 +47,7 @@ FAMILY = Family(
     final_norm="final_layer_norm",
     block=_block,
     numerics=_numerics,
+    biased=_biased,
     disk=lambda config: Disk(
         prefix="gpt_neox.",
         layers=_LAYERS,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics
+from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics, no_biases
 
 FAMILY = Family(
     name="mistral",
@@ -10,6 +10,7 @@ FAMILY = Family(
     text_paths=("model", "model.language_model", ""),
     block=lambda config: BlockPaths(),
     numerics=base_numerics,
+    biased=no_biases,
     disk=lambda config: Disk(layers=DENSE),
     vllm=Vllm(architectures=("MistralForCausalLM",)),
 )

@@ -11,6 +11,7 @@ from trimtab.architectures._family import (
     Router,
     Vllm,
     base_numerics,
+    no_biases,
 )
 
 _ATTENTION = {role: name for role, name in DENSE.items() if ".mlp." not in name}
@@ -26,6 +27,7 @@ FAMILY = Family(
     model_types=("mixtral",),
     block=lambda config: BlockPaths(),
     numerics=base_numerics,
+    biased=no_biases,
     disk=lambda config: Disk(layers={**_ATTENTION, **_EXPERTS}, stacked=STACKED),
     router=lambda config: Router(
         num_experts=config.num_local_experts, top_k=config.num_experts_per_tok, renormalise=True

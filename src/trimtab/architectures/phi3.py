@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics
+from trimtab.architectures._family import DENSE, BlockPaths, Disk, Family, Vllm, base_numerics, no_biases
 
 _FUSED = {
     "qkv": "layers.{layer}.self_attn.qkv_proj.weight",
@@ -17,6 +17,7 @@ FAMILY = Family(
         attn_out="resid_attn_dropout", mlp_out="resid_mlp_dropout", qkv="fused", fused="qkv_proj"
     ),
     numerics=base_numerics,
+    biased=no_biases,
     disk=lambda config: Disk(layers={**_REST, **_FUSED}),
     vllm=Vllm(architectures=("Phi3ForCausalLM",), block=lambda config: BlockPaths(qkv="fused")),
 )

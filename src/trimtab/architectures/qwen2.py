@@ -13,6 +13,7 @@ from trimtab.architectures._family import (
     Family,
     Vllm,
     base_numerics,
+    qkv_biases,
     softmax_router,
     sparse_steps,
 )
@@ -30,6 +31,7 @@ FAMILY = Family(
     block=lambda config: BlockPaths(),
     numerics=base_numerics,
     disk=_disk,
+    biased=qkv_biases,
     router=softmax_router,
     vllm=Vllm(architectures=("Qwen2ForCausalLM", "Qwen2MoeForCausalLM"), sparse=sparse_steps),
 )

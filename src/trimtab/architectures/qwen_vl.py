@@ -12,7 +12,9 @@ from trimtab.architectures._family import (
     Family,
     Numerics,
     Vllm,
+    attention_biases,
     base_numerics,
+    qkv_biases,
     softmax_router,
     sparse_steps,
 )
@@ -20,6 +22,10 @@ from trimtab.architectures._family import (
 
 def _numerics(config: Config) -> Numerics:
     return base_numerics(config, qk_norm="per_head" if config.model_type.startswith("qwen3") else "none")
+
+
+def _biased(config: Config) -> tuple[str, ...]:
+    return attention_biases(config) if config.model_type.startswith("qwen3") else qkv_biases(config)
 
 
 def _disk(config: Config) -> Disk:
@@ -45,6 +51,7 @@ FAMILY = Family(
     block=lambda config: BlockPaths(),
     numerics=_numerics,
     disk=_disk,
+    biased=_biased,
     router=softmax_router,
     vllm=Vllm(
         architectures=(

@@ -36,6 +36,13 @@ class Piece:
     start: int = 0
     stop: int | None = None
 
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the piece's shape, given that of the stored tensor."""
+        if self.expert is not None:
+            stored = stored[1:]
+        rows, *rest = reversed(stored) if self.transposed else stored
+        return (self.groups * len(range(rows // self.groups)[self.start : self.stop]), *rest)
+
     def cut(self, stored: Tensor) -> Tensor:
         """Return the piece of the stored tensor, [out, in]; a view where memory allows one."""
         if self.expert is not None:
@@ -65,6 +72,7 @@ class Finder:
     def layer(self, layer: int) -> dict[str, Piece]:
         """Return the pieces of one layer by name, for those that the files hold."""
         pieces: dict[str, Piece] = {}
+        biased = self.family.biased(self.config)
         for role, template in (*self.disk.stacked.items(), *self.disk.layers.items()):
             if "{expert}" in template:
                 pieces.update(self._one_by_one(role, template, layer))
@@ -72,8 +80,7 @@ class Finder:
             name = self.prefix + template.format(layer=layer)
             if name not in self.shapes:
                 continue
-            stem = name.removesuffix("weight")
-            bias = f"{stem}bias" if stem != name and f"{stem}bias" in self.shapes else None
+            bias = f"{name.removesuffix('weight')}bias" if role in biased else None
             turned = self.disk.transposed and role not in VECTORS
             pieces.update(self._split(role, Piece(tensor=name, bias=bias, transposed=turned)))
         return pieces

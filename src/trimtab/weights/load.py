@@ -14,6 +14,7 @@ from torch import Tensor
 from trimtab.architectures import Numerics, Rotary, Router, Sizes, read_config, rotary
 from trimtab.backends._place import locate
 from trimtab.errors import InputError
+from trimtab.weights._complete import require_whole
 from trimtab.weights._files import Reader, Stored, scan
 from trimtab.weights._layout import VECTORS, Finder, Piece
 
@@ -65,7 +66,7 @@ class LayerWeights:
     @property
     def nbytes(self) -> int:
         """Bytes of the layer's tensors as stored."""
-        names = {piece.tensor for piece in self.pieces.values()}
+        names = {name for piece in self.pieces.values() for name in (piece.tensor, piece.bias) if name}
         return sum(_nbytes(self.stored[name]) for name in names)
 
     def __contains__(self, name: str) -> bool:
@@ -74,7 +75,7 @@ class LayerWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return (out, in) of a matrix, or (width,) of a norm, without reading it."""
         piece = self._piece(name)
-        return tuple(piece.cut(torch.empty(self.stored[piece.tensor].shape, device="meta")).shape)
+        return piece.shape(self.stored[piece.tensor].shape)
 
     def matrix(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return a matrix, [out, in], in `dtype` or as stored. A view of the file where nothing has to change.
@@ -140,7 +141,10 @@ class Checkpoint:
         self._head = next((name for name in (disk.head, "lm_head.weight") if name in self.stored), None)
         self._prefix = prefix
         self._finder = Finder(saved.family, disk, saved.text, prefix, shapes)
+        self._closed = False
         _refuse_quantised(saved.top, self.stored, path, prefix)
+        for layer in range(self.num_layers):
+            require_whole(self._finder, layer, path)
 
     @property
     def tied(self) -> bool:
@@ -151,18 +155,18 @@ class Checkpoint:
         """Return the weights of one layer; nothing is read yet.
 
         Raises:
-            InputError: no such layer, or tensors of it are missing.
+            InputError: no such layer, or the checkpoint was closed.
         """
+        if self._closed:
+            raise InputError(f"{self.name} was closed; load it again")
         if not isinstance(layer, int) or not 0 <= layer < self.num_layers:
             raise InputError(f"layer {layer!r} of {self.name}: it has layers 0 to {self.num_layers - 1}")
         pieces = self._finder.layer(layer)
-        sparse = "router" in pieces
-        _require_whole(self, layer, pieces)
         return LayerWeights(
             layer=layer,
             sizes=self.sizes,
             numerics=self.definition.layer_numerics(self.config, self.numerics, layer),
-            router=self.router if sparse else None,
+            router=self.router if "router" in pieces else None,
             pieces=pieces,
             stored=self.stored,
             config=self.config,
@@ -183,7 +187,7 @@ class Checkpoint:
 
     def close(self) -> None:
         """Forget the files; layers that were taken stay readable until they are dropped."""
-        self.stored = {}
+        self._closed = True
 
     def __enter__(self) -> Self:
         return self
@@ -261,13 +265,6 @@ def _refuse_quantised(config: Any, stored: Mapping[str, Stored], path: Path, pre
         f"{path} is quantised ({what}); its formulas need the weights themselves: load it with transformers, "
         "dequantize() it and save_pretrained() it in bfloat16, or give the checkpoint that it was made from"
     )
-
-
-def _require_whole(checkpoint: Checkpoint, layer: int, pieces: Mapping[str, Piece]) -> None:
-    needed = {"down"} if "router" not in pieces else set()
-    missing = sorted(needed - pieces.keys())
-    if missing:
-        raise InputError(f"layer {layer} of {checkpoint.path} lacks {', '.join(missing)}")
 
 
 def _nbytes(stored: Stored) -> int:

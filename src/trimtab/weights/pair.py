@@ -100,6 +100,8 @@ def _matrices(base: LayerWeights, tuned: LayerWeights) -> Iterator[str]:
             yield f"{where} {name} is only in the {'base' if name in base else 'tuned'} model"
         elif base.shape(name) != tuned.shape(name):
             yield f"{where} {name} is {list(base.shape(name))} and {list(tuned.shape(name))}"
+        elif (base.pieces[name].bias is None) != (tuned.pieces[name].bias is None):
+            yield f"{where} {name} has a bias only in the {'base' if base.pieces[name].bias else 'tuned'} model"
 
 
 def _notes(base: Checkpoint, tuned: Checkpoint) -> Iterator[str]:
