@@ -13,27 +13,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trimtab.sae.config import OptimConfig as OptimConfig
     from trimtab.sae.config import SAEConfig as SAEConfig
+    from trimtab.sae.evaluation import evaluate as evaluate
+    from trimtab.sae.files import load as load
+    from trimtab.sae.files import save as save
+    from trimtab.sae.latents import LatentVector as LatentVector
+    from trimtab.sae.latents import export as export
+    from trimtab.sae.latents import latent_vector as latent_vector
     from trimtab.sae.learner import Learner as Learner
     from trimtab.sae.learner import SelfTest as SelfTest
     from trimtab.sae.learner import StepLosses as StepLosses
+    from trimtab.sae.model import SAE as SAE
     from trimtab.sae.precision import Precision as Precision
     from trimtab.sae.scaling import Scales as Scales
     from trimtab.sae.synthetic import SparseDictionary as SparseDictionary
     from trimtab.sae.synthetic import recovery as recovery
 
 _WHERE = {
+    "LatentVector": "latents",
     "Learner": "learner",
     "OptimConfig": "config",
     "Precision": "precision",
+    "SAE": "model",
     "SAEConfig": "config",
     "Scales": "scaling",
     "SelfTest": "learner",
     "SparseDictionary": "synthetic",
     "StepLosses": "learner",
+    "evaluate": "evaluation",
+    "export": "latents",
+    "latent_vector": "latents",
+    "load": "files",
     "recovery": "synthetic",
+    "save": "files",
 }
 
 __all__ = [
+    "SAE",
+    "LatentVector",
     "Learner",
     "OptimConfig",
     "Precision",
@@ -42,7 +58,12 @@ __all__ = [
     "SelfTest",
     "SparseDictionary",
     "StepLosses",
+    "evaluate",
+    "export",
+    "latent_vector",
+    "load",
     "recovery",
+    "save",
 ]
 
 
