@@ -157,15 +157,21 @@ def test_empty_and_constant_data_are_refused() -> None:
     everything = TensorSource(numbered(20), tokens=torch.zeros(20, dtype=torch.int64), special=frozenset({0}))
     for prefetch in (0, 2):
         everything.rewind()
-        with Stream(everything, config(prefetch=prefetch)) as stream:
-            with pytest.raises(InputError, match="no activation to train on: its 20 tokens were all filtered out"):
-                next(stream)
-    with Stream(TensorSource(torch.ones(100, 4)), config()) as stream:
-        with pytest.raises(InputError, match=r"all 100 activations of x are the same vector \(length 2\)"):
+        with (
+            Stream(everything, config(prefetch=prefetch)) as stream,
+            pytest.raises(InputError, match="no activation to train on: its 20 tokens were all filtered out"),
+        ):
             next(stream)
-    with Stream(TensorSource(torch.zeros(100, 4)), config()) as stream:
-        with pytest.raises(InputError, match="are the same vector"):
-            next(stream)
+    with (
+        Stream(TensorSource(torch.ones(100, 4)), config()) as stream,
+        pytest.raises(InputError, match=r"all 100 activations of x are the same vector \(length 2\)"),
+    ):
+        next(stream)
+    with (
+        Stream(TensorSource(torch.zeros(100, 4)), config()) as stream,
+        pytest.raises(InputError, match="are the same vector"),
+    ):
+        next(stream)
 
 
 def test_settings_are_checked() -> None:
@@ -173,7 +179,7 @@ def test_settings_are_checked() -> None:
         StreamConfig(batch_size=10, buffer_rows=9)
     with pytest.raises(RecipeError, match="storage is 'int8'"):
         config(storage="int8")
-    with pytest.raises(RecipeError, match="max_norm is 0.5"):
+    with pytest.raises(RecipeError, match=r"max_norm is 0\.5"):
         Filters(max_norm=0.5)
     with pytest.raises(InputError, match="a buffer of 3 rows for batches of 4"):
         ShuffleBuffer({"x": 1}, rows=3, batch_size=4, dtype=torch.float32, seed=0, refill=dict)
@@ -182,9 +188,11 @@ def test_settings_are_checked() -> None:
 
 
 def test_a_float16_store_refuses_what_it_cannot_hold() -> None:
-    with Stream(TensorSource(numbered(100) * 1e5), config(storage="float16")) as stream:
-        with pytest.raises(NonFiniteError, match="leave the range of float16"):
-            next(stream)
+    with (
+        Stream(TensorSource(numbered(100) * 1e5), config(storage="float16")) as stream,
+        pytest.raises(NonFiniteError, match="leave the range of float16"),
+    ):
+        next(stream)
 
 
 # --- a trace ----------------------------------------------------------------------------------------------------------
@@ -363,7 +371,7 @@ def test_texts_of_every_kind_begin_anywhere(tmp_path: Path) -> None:
 def test_texts_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     for name, words in (
         ("none.txt", "no such file"),
-        ("a.csv", "expected a .txt file"),
+        ("a.csv", r"expected a \.txt file"),
         ("testbed:x", "write testbed or testbed:N"),
     ):
         with pytest.raises(InputError, match=words):
@@ -375,5 +383,5 @@ def test_texts_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     file.write_text('{"text": 3}\n')
     with pytest.raises(InputError, match="its text is 3"):
         [*open_texts(file).start(0)]
-    with pytest.raises(InputError, match="expected a .txt file"):
+    with pytest.raises(InputError, match=r"expected a \.txt file"):
         open_texts([])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -12,32 +13,35 @@ from trimtab.sae.synthetic import SparseDictionary
 
 
 class SyntheticSource:
-    """Activations of a sparse dictionary with known features, without end.
+    """Activations of a sparse dictionary, at the one site "x".
 
     Args:
         dictionary: the features and how often they are active.
         rows: of one epoch, after which the same activations come again.
         chunk_rows: rows of one chunk.
+        seed: of the activations; the dictionary has its own.
     """
 
     special: frozenset[int] = frozenset()
 
-    def __init__(self, dictionary: SparseDictionary, *, rows: int = 1 << 24, chunk_rows: int = 4096) -> None:
+    def __init__(
+        self, dictionary: SparseDictionary, *, rows: int = 1 << 26, chunk_rows: int = 4096, seed: int = 0
+    ) -> None:
         self.dictionary = dictionary
-        self._chunk, self._chunks, self._at = chunk_rows, -(-rows // chunk_rows), 0
-        num, width = dictionary.features.shape
-        self.name = f"synthetic:{num}x{width}"
+        self._chunk, self._chunks, self._seed, self._at = chunk_rows, -(-rows // chunk_rows), seed, 0
+        self.name = f"synthetic:{dictionary.num_features}x{dictionary.d}"
 
     @property
     def widths(self) -> Mapping[str, int]:
-        """The one site, "x"."""
-        return {"x": self.dictionary.features.shape[1]}
+        """Of the one site."""
+        return {"x": self.dictionary.d}
 
     def chunks(self) -> Iterator[Chunk]:
-        """Yield chunks; the one at the cursor is drawn from its own seed, so that none before it is needed."""
+        """Yield chunks; each is drawn from a seed of its own, so that none before it is needed."""
         while self._at < self._chunks:
-            x = self.dictionary.sample(self._chunk, index=self._at)
+            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._at)
             self._at += 1
+            x, _ = self.dictionary.draw(self._chunk, generator)
             yield Chunk(values={"x": x}, tokens=torch.full((len(x),), UNKNOWN))
 
     def state(self) -> dict[str, int]:
@@ -54,7 +58,16 @@ class SyntheticSource:
 
     def about(self) -> dict[str, Any]:
         """Return what decides the activations."""
-        return {"kind": "synthetic", "name": self.name, "chunk_rows": self._chunk, **self.dictionary.about()}
+        digest = hashlib.blake2b(self.dictionary.features.numpy().tobytes(), digest_size=8)
+        digest.update(self.dictionary.frequencies.numpy().tobytes())
+        return {
+            "kind": "synthetic",
+            "name": self.name,
+            "chunk_rows": self._chunk,
+            "chunks": self._chunks,
+            "seed": self._seed,
+            "digest": digest.hexdigest(),
+        }
 
     def close(self) -> None:
         """Nothing to let go of."""

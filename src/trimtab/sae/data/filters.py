@@ -94,7 +94,7 @@ def measure(values: Mapping[str, Tensor], filters: Filters, name: str) -> dict[s
 
 def lengths(values: Tensor) -> Tensor:
     """Return the length of each row, float32 [rows], in blocks so that no second copy of the whole is made."""
-    return torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in values.split(_BLOCK)])
+    return torch.cat([torch.linalg.vector_norm(part.float(), dim=-1) for part in torch.split(values, _BLOCK)])
 
 
 def kept_norms(norms: Mapping[str, Tensor], limits: Mapping[str, float]) -> Tensor | None:
@@ -111,7 +111,7 @@ def _moments(values: Tensor) -> tuple[Tensor, float]:
     """Return the mean row (float64) and the mean squared length."""
     mean = torch.zeros(values.shape[1], dtype=torch.float64)
     square = 0.0
-    for part in values.split(_BLOCK):
+    for part in torch.split(values, _BLOCK):
         wide = part.double()
         mean += wide.sum(dim=0)
         square += float(wide.square().sum())

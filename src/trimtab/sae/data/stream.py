@@ -169,7 +169,7 @@ class Stream:
         self._cursor, self._epoch, self._skip = found["cursor"], found["epoch"], found["skip"]
         self._counts = _Counts(**found["counts"])
         self._measured = {
-            site: SiteMeasure(**{name: int(value) if name == "rows" else float(value) for name, value in one.items()})
+            site: SiteMeasure(rows=one.pop("rows"), **{name: float(value) for name, value in one.items()})
             for site, one in found["measured"].items()
         }
         self._held = {site: tensors[f"held/{site}"] for site in self.widths}

@@ -63,9 +63,9 @@ def _named(name: str, column: str) -> Texts:
         datasets: Any = require("datasets", extra="data", feature=f"reading {name}")
         path, _, split = rest.partition(":")
         return _data_set(datasets.load_dataset(path, split=split or "train", streaming=True), name, column)
-    path = Path(name)
-    if path.is_dir():
-        datasets = require("datasets", extra="data", feature=f"reading the directory {path}")
+    file = Path(name)
+    if file.is_dir():
+        datasets = require("datasets", extra="data", feature=f"reading the directory {file}")
         found = datasets.load_from_disk(name)
         if hasattr(found, "keys"):
             raise InputError(f"{name} holds the splits {', '.join(found)}; give the directory of one of them")
@@ -76,12 +76,12 @@ def _named(name: str, column: str) -> Texts:
         ".ndjson": _json_lines,
         ".parquet": _parquet,
     }
-    reader = readers.get(path.suffix)
+    reader = readers.get(file.suffix)
     if reader is None:
         raise InputError(f"{name!r} holds no texts that can be read; expected {_KINDS}")
-    if not path.is_file():
+    if not file.is_file():
         raise InputError(f"{name}: no such file")
-    return Texts(name=name, start=lambda n: itertools.islice(reader(path, column), n, None))
+    return Texts(name=name, start=lambda n: itertools.islice(reader(file, column), n, None))
 
 
 def _document(index: int) -> str:

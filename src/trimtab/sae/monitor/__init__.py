@@ -1,4 +1,4 @@
-"""The monitor: rules, from a file per architecture, that a training's figures must keep; each broken one is told once."""
+"""The monitor: rules, a file per architecture, that a training must keep; each broken one is told once."""
 
 from __future__ import annotations
 

@@ -112,11 +112,7 @@ class Monitor:
 
     def load_state(self, state: Mapping[str, Mapping[str, Any]]) -> None:
         """Remember what `state` returned."""
-        numbers = ("peak", "late_sum")
-        self._seen = {
-            key: _Seen(**{name: float(value) if name in numbers else value for name, value in one.items()})
-            for key, one in state.items()
-        }
+        self._seen = {key: _Seen(**{**one, "peak": float(one["peak"])}) for key, one in state.items()}
 
     def _step(self, rule: Rule, seen: _Seen, step: int, value: float) -> str:
         """Return what is wrong at this step, or ""."""
