@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,8 @@ class Computed:
     coefficient: float
     cut: Tensor | None
     """BatchTopK kinds: the smallest latent that was kept, stored units."""
+    norm: float | None = None
+    """Of the whole unscaled gradient, where `gradients` are a part of it."""
 
 
 class Learner:
@@ -142,11 +144,13 @@ class Learner:
         """
         return self.apply(self.compute(x, target))
 
-    def compute(self, x: Tensor, target: Tensor | None = None) -> Computed:
-        """Return losses and gradients of a batch; nothing moves."""
+    def compute(
+        self, x: Tensor, target: Tensor | None = None, *, watch: Callable[[str, Tensor], None] | None = None
+    ) -> Computed:
+        """Return losses and gradients of a batch; nothing moves. `watch` is told of activations by name."""
         coefficient = self._coefficient()
         leaves = {name: value.detach().requires_grad_() for name, value in self._parameters.items()}
-        terms = self._terms(leaves, x, target, coefficient)
+        terms = self._terms(leaves, x, target, coefficient, watch=watch)
         scaled = (terms.recon + terms.sparsity + terms.aux) * self.scales.loss
         found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True)
         gradients = {
@@ -160,7 +164,7 @@ class Learner:
         """Move the parameters by what `compute` found; a gradient that is not finite moves nothing."""
         number = self.steps
         lr = self.optim.lr * lr_factor(self.optim, number, self.total_steps)
-        norm = self._updater.norm(computed.gradients)
+        norm = self._updater.norm(computed.gradients) if computed.norm is None else computed.norm
         skipped = not math.isfinite(norm)
         if skipped:
             self._updater.steps += 1
@@ -206,13 +210,13 @@ class Learner:
     @torch.no_grad()
     def latents(self, x: Tensor) -> Tensor:
         """Return the latents [batch, d_sae] that training sees, unscaled, wide; BatchTopK's depend on the batch."""
-        scene = self._scene(self._parameters, x, None, 0.0, needs_target=False)
+        scene = self._scene(self._parameters, x)
         return self._latents(scene).to(self.precision.wide) / self.scales.pre
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return the reconstruction [batch, d_out], unscaled, wide."""
-        scene = self._scene(self._parameters, x, None, 0.0, needs_target=False)
+        scene = self._scene(self._parameters, x)
         return scene.decode(self._latents(scene)) / self.scales.total
 
     def parameters_unscaled(self) -> dict[str, Tensor]:
@@ -226,6 +230,36 @@ class Learner:
         if self.config.is_topk and self.config.architecture != "topk":
             found["threshold"] = self._trained_threshold()
         return found
+
+    def parameters_stored(self) -> Mapping[str, Tensor]:
+        """Return the parameters as they are stored, latent-major; whoever changes them trains something else."""
+        return self._parameters
+
+    def widened(self) -> Learner:
+        """Return a learner in float32 of the same parameters and scales, to see what this one's precision loses."""
+        precision = Precision() if self.precision.wide == torch.float32 else self.precision
+        other = Learner(
+            self.config,
+            optim=self.optim,
+            precision=precision,
+            scales=self.scales,
+            total_steps=self.total_steps,
+            device=self.device,
+            split=self._split,
+        )
+        for name, value in self._parameters.items():
+            other._parameters[name].copy_(value)
+        other._silent.copy_(self._silent)
+        other._refresh()
+        return other
+
+    def too_small(self) -> dict[str, float]:
+        """Return the share of each stored parameter that a step of the peak learning rate would leave as it is."""
+        shares = {}
+        for name, value in self._parameters.items():
+            moved = (value.to(self.precision.wide) + self.scales.map_lr(name, self.optim.lr)).to(value.dtype)
+            shares[name] = float((moved == value).double().mean())
+        return shares
 
     def state(self) -> dict[str, Tensor]:
         """Return everything that a bitwise resume needs, stored units, contiguous, without copies."""
@@ -297,23 +331,30 @@ class Learner:
         factor = 1.0 if self._control is None else self._control.factor
         return self.config.sparsity_coefficient * sparsity_factor(self.optim, self.steps) * factor
 
-    def _terms(self, parameters: Mapping[str, Tensor], x: Tensor, target: Tensor | None, coefficient: float) -> Terms:
-        return self._forward(self._scene(parameters, x, target, coefficient))
-
-    def _scene(
+    def _terms(
         self,
         parameters: Mapping[str, Tensor],
         x: Tensor,
         target: Tensor | None,
         coefficient: float,
         *,
-        needs_target: bool = True,
+        watch: Callable[[str, Tensor], None] | None = None,
+    ) -> Terms:
+        if target is None and self.config.output != self.config.d_in:
+            raise InputError(f"the target of a transcoder is missing; [batch, {self.config.output}] was expected")
+        return self._forward(self._scene(parameters, x, target, coefficient, watch))
+
+    def _scene(
+        self,
+        parameters: Mapping[str, Tensor],
+        x: Tensor,
+        target: Tensor | None = None,
+        coefficient: float = 0.0,
+        watch: Callable[[str, Tensor], None] | None = None,
     ) -> Scene:
         config, wide = self.config, self.precision.wide
         if x.ndim != 2 or x.shape[1] != config.d_in:
             raise InputError(f"activations are {tuple(x.shape)}; [batch, {config.d_in}] was expected")
-        if needs_target and target is None and config.output != config.d_in:
-            raise InputError(f"the target of a transcoder is missing; [batch, {config.output}] was expected")
         if target is not None and target.shape != (len(x), config.output):
             raise InputError(f"targets are {tuple(target.shape)}; [{len(x)}, {config.output}] was expected")
         given = x.to(self.device, wide)
@@ -331,6 +372,7 @@ class Learner:
             dead=self.dead() if config.is_topk and config.aux_coefficient else None,
             unit_decoder=self.optim.decoder_norm == "unit",
             split=self._split,
+            watch=watch,
         )
 
     def _stored(self, unscaled: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -31,10 +31,10 @@ class Terms(NamedTuple):
 
 
 class Split(Protocol):
-    """Latents spread over processes that see the same batch: every one holds a contiguous range of them.
+    """Latents spread over processes that see the same tokens, every one a contiguous range; tokens over others.
 
     A process has the rows of W_enc and W_dec and the elements of b_enc, thresholds and counters that are its own, and
-    all of b_dec. With these four operations each computes the loss of the whole and the gradients of its part.
+    all of b_dec. With these operations each computes the loss of the whole and the gradients of its part.
     """
 
     def own(self, d_sae: int) -> slice:
@@ -49,8 +49,20 @@ class Split(Protocol):
         """Return what every process holds alike, unchanged; its gradient is summed over processes."""
         ...
 
-    def kth_largest(self, largest: Tensor, k: int) -> Tensor:
-        """Return the k-th largest over processes [rows, 1], from the largest of each [rows, at most k], sorted down."""
+    @property
+    def batches(self) -> int:
+        """How many parts of the batch there are: processes that see different tokens."""
+        ...
+
+    def batch_sum(self, partial: Tensor) -> Tensor:
+        """Return the sum over the parts of the batch; it has no gradient."""
+        ...
+
+    def kth_largest(self, largest: Tensor, k: int, *, batch: bool) -> Tensor:
+        """Return the k-th largest over processes [rows, 1], from the largest of each [rows, at most k].
+
+        Of every row, or, with one row, of the whole batch.
+        """
         ...
 
 
@@ -77,6 +89,8 @@ class Scene:
     """Whether the decoder's rows are held at their first length."""
     split: Split | None = None
     """How latents are spread over processes; None: they are all here."""
+    watch: Callable[[str, Tensor], None] | None = None
+    """Is told of activations by name, before their gradients are known."""
 
     def encode(self, *, bias: str | None = "b_enc") -> Tensor:
         """Return pre-activations [batch, d_sae] in the compute dtype."""
@@ -84,7 +98,10 @@ class Scene:
         centre = p["b_dec"] if self.config.centres else None
         if centre is not None and self.split is not None:
             centre = self.split.share(centre)
-        return fused.encode(self.x, centre, p["W_enc"], None if bias is None else p[bias], self.low["W_enc"])
+        pre = fused.encode(self.x, centre, p["W_enc"], None if bias is None else p[bias], self.low["W_enc"])
+        if self.watch is not None:
+            self.watch("pre", pre)
+        return pre
 
     def write(self, z: Tensor, *, rows: slice | None = None, frozen: bool = False) -> Tensor:
         """Return what latents write [batch, d_out], without the bias.
@@ -97,14 +114,21 @@ class Scene:
         weight, low = self.parameters["W_dec"], self.low["W_dec"]
         if rows is not None:
             weight, low = weight[rows], low[rows]
-        c = self.scales.c
-        partial = fused.decode(z if c == 1 else z * c, weight.detach() if frozen else weight, low, self.precision.wide)
+        multiplied = z if self.scales.c == 1 else z * self.scales.c
+        partial = fused.decode(multiplied, weight.detach() if frozen else weight, low, self.precision.wide)
+        if self.watch is not None:
+            self.watch("z", multiplied)
+            self.watch("y", partial)
         return partial if self.split is None else self.split.reduce(partial)
 
     def offset(self, *, frozen: bool = False) -> Tensor:
         """Return the decoder's bias [d_out] at the scale of its output, wide."""
         bias = self.parameters["b_dec"].to(self.precision.wide) * self.scales.kappa
         return bias.detach() if frozen else bias
+
+    def whole(self, partial: Tensor) -> Tensor:
+        """Return the sum over all latents, from the sum over those that are here."""
+        return partial if self.split is None else self.split.reduce(partial)
 
     def decode(self, z: Tensor) -> Tensor:
         """Return the reconstruction [batch, d_out]."""

@@ -24,14 +24,14 @@ def penalties(scene: Scene, pre: Tensor, z: Tensor, count: Tensor) -> tuple[Tens
     config, scales, batch = scene.config, scene.scales, pre.shape[0]
     wide = scene.precision.wide
     if config.penalty == "step":
-        sparsity = count / batch
+        sparsity = scene.whole(count) / batch
     else:
         steep = config.steepness / scales.pre
-        sparsity = torch.tanh(z.to(wide) * (steep * scene.norms())).sum() / batch
+        sparsity = scene.whole(torch.tanh(z.to(wide) * (steep * scene.norms())).sum()) / batch
     aux = scene.zero
     if config.pre_act_coefficient:
         below = torch.relu(scene.parameters["threshold"] - pre.to(wide)) * scene.norms()
-        aux = below.sum() * (config.pre_act_coefficient / (batch * scales.pre))
+        aux = scene.whole(below.sum()) * (config.pre_act_coefficient / (batch * scales.pre))
     return sparsity * scene.coefficient, aux
 
 

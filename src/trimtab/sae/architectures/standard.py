@@ -11,7 +11,7 @@ from trimtab.sae.architectures.base import Scene, Terms
 def l1(scene: Scene, z: Tensor) -> Tensor:
     """Return lambda times the mean over tokens of sum z |d|."""
     weighed = z.to(scene.precision.wide) * scene.norms()
-    return weighed.sum() * (scene.coefficient / (len(z) * scene.scales.pre))
+    return scene.whole(weighed.sum()) * (scene.coefficient / (len(z) * scene.scales.pre))
 
 
 def latents(scene: Scene) -> Tensor:

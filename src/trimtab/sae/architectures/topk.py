@@ -15,10 +15,12 @@ from trimtab.sae.architectures.base import Scene, Terms
 def largest(scene: Scene, z: Tensor, k: int, *, batch: bool = False) -> Tensor:
     """Return the latents with all but the k largest of every row, or of the batch k per row on average, set to 0."""
     rows = z.reshape(1, -1) if batch else z
-    wanted = k * len(z) if batch else k
+    parts = scene.split.batches if scene.split is not None else 1
+    wanted = k * len(z) * parts if batch else k
     values, index = rows.topk(min(wanted, rows.shape[1]), dim=1)
     if scene.split is not None:
-        values = torch.where(values >= scene.split.kth_largest(values.detach(), wanted), values, 0)
+        cut = scene.split.kth_largest(values.detach(), wanted, batch=batch)
+        values = torch.where(values >= cut, values, 0)
     return torch.zeros_like(rows).scatter(1, index, values).reshape(z.shape)
 
 
@@ -34,7 +36,11 @@ def auxiliary(scene: Scene, active: Tensor, error: Tensor) -> Tensor:
         return scene.zero
     chosen = largest(scene, torch.where(scene.dead, active, 0), scene.config.dead_k)
     left = error.detach()
-    spread = (left - left.mean(0)).square().sum()
+    if scene.split is None:
+        spread = (left - left.mean(0)).square().sum()
+    else:  # the mean over the parts of the batch is what counts
+        mean = scene.split.batch_sum(left.sum(0)) / (len(left) * scene.split.batches)
+        spread = scene.split.batch_sum((left - mean).square().sum()) / scene.split.batches
     return (scene.write(chosen) - left).square().sum() / spread * scene.config.aux_coefficient
 
 
