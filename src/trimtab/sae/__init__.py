@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from trimtab.sae.learner import StepLosses as StepLosses
     from trimtab.sae.model import SAE as SAE
     from trimtab.sae.precision import Precision as Precision
+    from trimtab.sae.ranges import precision_report as precision_report
     from trimtab.sae.scaling import Scales as Scales
     from trimtab.sae.synthetic import SparseDictionary as SparseDictionary
     from trimtab.sae.synthetic import recovery as recovery
@@ -43,6 +44,7 @@ _WHERE = {
     "export": "latents",
     "latent_vector": "latents",
     "load": "files",
+    "precision_report": "ranges",
     "recovery": "synthetic",
     "save": "files",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "export",
     "latent_vector",
     "load",
+    "precision_report",
     "recovery",
     "save",
 ]
