@@ -41,7 +41,8 @@ def _numerics(config: Config) -> Numerics:
         activation=config.hidden_activation,
         attention_scale=config.query_pre_attn_scalar**-0.5,
         qk_norm="none" if config.model_type == "gemma2" else "per_head",
-        attention_softcap=getattr(config, "attn_logit_softcapping", None),
+        # Gemma 3 keeps the option; its class never applies it
+        attention_softcap=config.attn_logit_softcapping if config.model_type == "gemma2" else None,
         logit_softcap=config.final_logit_softcapping,
     )
 

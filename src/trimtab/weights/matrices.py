@@ -14,6 +14,7 @@ from trimtab.errors import InputError
 _OVERSAMPLE = 10
 _PROBES = 10
 _POWER_ITERATIONS = 2
+_ERROR_ITERATIONS = 3
 _CHUNK = 1 << 20
 
 
@@ -102,7 +103,8 @@ def spectrum(matrix: Float[Tensor, "out in"], *, rank: int = 32, seed: int = 0) 
     """Return the leading singular values of a matrix by a randomised range finder, with their error.
 
     Halko, Martinsson and Tropp (2011), algorithms 4.4 and 5.1 with two power iterations and 10 extra directions; the
-    error is their bound (4.3) with 10 probes. Small matrices are decomposed exactly.
+    error is their bound (4.3) with 10 probes, sharpened by three power iterations on what was missed. Small matrices
+    are decomposed exactly.
 
     Args:
         matrix: float32 or float64, in which the products are computed.
@@ -126,12 +128,11 @@ def spectrum(matrix: Float[Tensor, "out in"], *, rank: int = 32, seed: int = 0) 
     values = torch.linalg.svdvals(small.to(torch.float64))
     probes = torch.randn(matrix.shape[1], _PROBES, generator=generator).to(matrix)
     missed = _outside(basis, matrix @ probes)
-    error = 10 * math.sqrt(2 / math.pi) * torch.linalg.vector_norm(missed.to(torch.float64), dim=0).max().item()
     fourth, deviation = _fourth_power(matrix, basis, small, values, missed)
     effective = total**2 / fourth
     return Spectrum(
         singular_values=tuple(values[:rank].tolist()),
-        error=error,
+        error=_error(matrix, basis, small, missed),
         effective_rank=effective,
         effective_rank_error=effective * deviation / fourth,
     )
@@ -157,6 +158,25 @@ def _range(matrix: Tensor, width: int, generator: torch.Generator) -> Tensor:
 
 def _outside(basis: Tensor, columns: Tensor) -> Tensor:
     return columns - basis @ (basis.T @ columns)
+
+
+def _error(matrix: Tensor, basis: Tensor, small: Tensor, missed: Tensor) -> float:
+    """Bound the spectral norm of R = A - Q B, given R w for Gaussian w.
+
+    With M = (R R^T)^3 R it is |R|^7 = |M| <= 10 sqrt(2 / pi) max |M w|, wrong with probability 10^-10.
+    """
+    scale = torch.linalg.vector_norm(missed.to(torch.float64), dim=0).max().item()
+    if scale == 0:
+        return 0.0
+    powered, log_scale = missed / scale, math.log(scale)
+    for _ in range(_ERROR_ITERATIONS):
+        back = matrix.T @ powered - small.T @ (basis.T @ powered)
+        powered = _outside(basis, matrix @ back)
+        scale = torch.linalg.vector_norm(powered.to(torch.float64), dim=0).max().item()
+        if scale == 0:
+            return 0.0
+        powered, log_scale = powered / scale, log_scale + math.log(scale)
+    return math.exp((math.log(10 * math.sqrt(2 / math.pi)) + log_scale) / (2 * _ERROR_ITERATIONS + 1))
 
 
 def _fourth_power(matrix: Tensor, basis: Tensor, small: Tensor, values: Tensor, missed: Tensor) -> tuple[float, float]:

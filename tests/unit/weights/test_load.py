@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import json
 import shutil
@@ -17,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from tests.unit.weights.numpy_reference import Reference
+from tests.unit.weights.variants import variant
 from trimtab.errors import InputError
 from trimtab.testing.models import tiny
 from trimtab.weights import LayerMath, load, pair
@@ -37,22 +37,6 @@ def changed(folder: Path, out: Path, edit: Callable[[dict[str, Tensor]], None], 
 
 def keep(tensors: dict[str, Tensor]) -> None:
     """Change nothing."""
-
-
-def variant(family: str, out: Path, **config: Any) -> tuple[nn.Module, Path]:
-    """A tiny model of a family with other options, and where it was saved."""
-    model = tiny(family)
-    options = copy.deepcopy(model.config)
-    for name, value in config.items():
-        setattr(options.get_text_config(decoder=True), name, value)
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        other = type(model)(options).eval()
-        for parameter in other.parameters():
-            parameter.data = torch.randn_like(parameter) * 0.1
-    other.load_state_dict(model.state_dict(), strict=False)
-    other.save_pretrained(out)
-    return other, out
 
 
 def test_shards_are_found_through_their_index(tmp_path: Path) -> None:
@@ -117,8 +101,8 @@ def test_published_stacked_experts_that_lie_transposed_are_turned(saved: Saved, 
 @pytest.mark.parametrize("family", ["llama", "llama4", "qwen3", "qwen3_next", "gemma", "gemma2", "gemma3", "olmo2"])
 def test_optional_biases_are_read(family: str, tmp_path: Path) -> None:
     options = {"attention_bias": True, **({"mlp_bias": True} if family == "llama" else {})}
-    model, folder = variant(family, tmp_path, **options)
-    weights, expected = load(folder).layer(1), Reference(model, 1)
+    model = variant(family, tmp_path, **options)
+    weights, expected = load(tmp_path).layer(1), Reference(model, 1)
     assert {"q", "k", "v", "o"} <= set(expected.biases)
     found = {name for name in weights.names if weights.bias(name) is not None}
     assert found == set(expected.biases)
@@ -126,8 +110,8 @@ def test_optional_biases_are_read(family: str, tmp_path: Path) -> None:
 
 def test_absent_biases_are_not_invented(tmp_path: Path) -> None:
     for family, option in {"qwen2_moe": "qkv_bias", "gpt_neox": "attention_bias"}.items():
-        model, folder = variant(family, tmp_path / family, **{option: False})
-        weights, expected = load(folder).layer(1), Reference(model, 1)
+        model = variant(family, tmp_path / family, **{option: False})
+        weights, expected = load(tmp_path / family).layer(1), Reference(model, 1)
         found = {name for name in weights.names if weights.bias(name) is not None}
         assert found == set(expected.biases)
         assert "q" not in found
@@ -296,9 +280,9 @@ def test_pairs_that_differ_are_refused_by_what_differs(saved: Saved, tmp_path: P
     tiny("qwen3", layers=3).save_pretrained(tmp_path / "deep")
     with pytest.raises(InputError, match="the layers are 2 and 3"):
         pair(base, tmp_path / "deep")
-    _, wide = variant("qwen3", tmp_path / "bias", attention_bias=True)
+    variant("qwen3", tmp_path / "bias", attention_bias=True)
     with pytest.raises(InputError, match="layer 0 q has a bias only in the tuned model"):
-        pair(base, wide)
+        pair(base, tmp_path / "bias")
     model = tiny("qwen3")
     model.config.intermediate_size = 80
     type(model)(model.config).save_pretrained(tmp_path / "narrow")
