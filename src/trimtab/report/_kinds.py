@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 from trimtab.results import Analysis, Comparison
 from trimtab.results.commits import CommitWalk
 from trimtab.results.evaluation import Evaluation
+from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation
 from trimtab.results.stress import Stress
 from trimtab.results.training import TRAINING_KINDS
 from trimtab.results.triage import Triage
@@ -31,6 +32,8 @@ KINDS: dict[str, Kind] = {
     "vector_comparison": Kind(VectorComparison, "_text_other:render", "_vectors:render"),
     "evaluation": Kind(Evaluation, "_evaluation:render_text", "_evaluation:render"),
     "stress": Kind(Stress, "_stress:render_text", "_stress:render"),
+    "sae_evaluation": Kind(SAEEvaluation, "_sae:render_text", "_sae:render"),
+    "precision_report": Kind(PrecisionReport, "_precision:render_text", "_precision:render"),
     **{kind: Kind(result, "_training:render", "_training:render_html") for kind, result in TRAINING_KINDS.items()},
 }
 """By the `kind` that their JSON documents give; a comparison gives none."""
