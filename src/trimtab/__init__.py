@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from trimtab.workflows.testbed import build as testbed_build
     from trimtab.workflows.training_queue import train_all as train_all
     from trimtab.workflows.triage import triage as triage
+    from trimtab.workflows.weights_cluster import weights_on_ray as weights_on_ray
 
 _WHERE = {
     "Ablate": "steering",
@@ -90,6 +91,8 @@ _WHERE = {
     "triage": "workflows.triage",
     "vectors": "vectors:",
     "vllm": "backends.vllm:",
+    "weights": "weights:",
+    "weights_on_ray": "workflows.weights_cluster",
 }
 
 __all__ = [
@@ -133,6 +136,8 @@ __all__ = [
     "triage",
     "vectors",
     "vllm",
+    "weights",
+    "weights_on_ray",
 ]
 
 

@@ -49,6 +49,7 @@ from trimtab.results.training import QueueEstimate, QueueRun, RateSweep, Trainin
 from trimtab.results.triage import Triage
 from trimtab.results.vectors import ExtractionReport
 from trimtab.results.vectors_clean import Cleaning, VectorComparison
+from trimtab.results.weights import WeightsAnalysis
 
 __all__ = [
     "Analysis",
@@ -102,6 +103,7 @@ __all__ = [
     "Triage",
     "VectorComparison",
     "VerdictLine",
+    "WeightsAnalysis",
     "from_json",
     "lines",
     "schema",

@@ -218,9 +218,9 @@ class MatrixChange:
     spectral: tuple[float, ...]
     """Largest singular values of the difference."""
     spectral_error: float
-    """Bound on what the randomised decomposition left out, as a share of the largest singular value."""
+    """Bound e of the randomised decomposition: the true value lies within [s, sqrt(s^2 + e^2)]; 0 when it is exact."""
     effective_rank: float
-    """Of the difference: exp of the entropy of its singular values."""
+    """Of the difference: participation ratio of its singular values, (sum of s^2)^2 / (sum of s^4)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

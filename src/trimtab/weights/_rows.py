@@ -91,6 +91,10 @@ class Scored:
     error: Array
 
 
+SQUARES = ("angular", "cosine_distance")
+"""Measures that grow with the square of an angle: z-scores are of their square roots, whose tails are not as heavy."""
+
+
 def score(change: Change, reference: Sequence[int], unit: float) -> Scored:
     """Compare every direction with the controls `reference`, taken one by one.
 
@@ -103,7 +107,8 @@ def score(change: Change, reference: Sequence[int], unit: float) -> Scored:
     scored = [
         None if one is None else _z(one.numpy(), where, unit, change.scale)[0] for one in (change.base, change.tuned)
     ]
-    z, error = _z(change.delta.numpy(), where, unit, change.scale)
+    delta = change.delta.sqrt() if change.measure in SQUARES else change.delta
+    z, error = _z(delta.numpy(), where, unit, change.scale)
     return Scored(base=scored[0], tuned=scored[1], z=z, error=error)
 
 
@@ -119,9 +124,9 @@ def _z(values: Array, where: list[int], unit: float, scale: float) -> tuple[Arra
 
 
 def direction_rows(
-    layer: int, changes: Sequence[Change], directions: DirectionSet, reference: Sequence[int], unit: float
+    layer: int | None, changes: Sequence[Change], directions: DirectionSet, reference: Sequence[int], unit: float
 ) -> pl.DataFrame:
-    """Return one row a direction, head and measure."""
+    """Return one row a direction, head and measure; `layer` None: a mean over layers."""
     names = pl.Series([one.name for one in directions], dtype=pl.String)
     kinds = pl.Series(list(directions.kinds), dtype=pl.String)
     frames = []
@@ -160,6 +165,8 @@ def pair_rows(
     reference: Sequence[int],
     unit: float,
     most: int | None,
+    *,
+    scale: float | None = None,
 ) -> pl.DataFrame:
     """Return one row a pair of different directions; controls are compared with, not listed.
 
@@ -170,9 +177,10 @@ def pair_rows(
         reference: rows of the controls to compare with.
         unit: unit roundoff of the arithmetic.
         most: pairs to keep at either end of delta's z (and of the base's and the tuned model's); None keeps all.
+        scale: size of what the effects are parts of, for the rounding floor; None: the largest effect.
     """
     own = np.asarray([place for place, kind in enumerate(directions.kinds) if kind != "control"])
-    size = max(_largest(cross.base), _largest(cross.tuned), 0.0) or _largest(cross.delta)
+    size = max(map(_largest, (cross.base, cross.tuned, cross.delta))) if scale is None else scale
     values, scores, error = {}, {}, None
     for name, matrix in (("base", cross.base), ("tuned", cross.tuned), ("delta", cross.delta)):
         if matrix is None:

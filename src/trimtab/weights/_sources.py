@@ -5,7 +5,7 @@
 | `FOLDER` of persona files (at any depth) | one role or trait a file, by its keys |
 | `FILE.pt` of a role or trait | that role or trait |
 | `PCA.pt`, `PCA.pt#PC1-PC8` | principal components, in activation space |
-| `SAE#3,17,20-25` | decoder rows of those latents (`W_dec` of a .safetensors file, or of its folder) |
+| `SAE#3,17,20-25` | decoder rows of those latents of an autoencoder (a file of weights, or its folder) |
 | `FOLDER` of .safetensors vectors, one vector file, `testbed:NAME`, `random:SEED` | vectors |
 
 `NAME=` before one direction calls it so; `role:`, `trait:`, `vector:`, `pc:` and `latent:` before it say its kind.
@@ -19,8 +19,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import torch
 from torch import Tensor
 
 from trimtab._base.progress import progress
@@ -29,13 +27,12 @@ from trimtab.directions._archive import load as load_archive
 from trimtab.directions.direction import Direction
 from trimtab.directions.pca_file import is_pca_file, read_pca
 from trimtab.directions.persona import DEFAULTS, is_persona, of_mapping
+from trimtab.directions.sae_file import is_sae_file
 from trimtab.errors import InputError, VectorError
 from trimtab.steering import SteeringVector
 from trimtab.weights.directions import KINDS, DirectionSet, Kind, join, natural_key, rename
 
 Given = str | os.PathLike[str] | DirectionSet | Mapping[str, Tensor] | SteeringVector
-_DECODER = "W_dec"
-_SAE_FILES = ("sae_weights.safetensors", "sae.safetensors")
 
 
 def read_directions(
@@ -89,7 +86,7 @@ def _split(text: str) -> tuple[Kind | None, str | None, str, str]:
     head, colon, rest = text.partition(":")
     kind: Kind | None = None
     if colon and head in KINDS and head != "control":
-        kind, text = head, rest  # type: ignore[assignment]
+        kind, text = head, rest
     name, equals, rest = text.partition("=")
     called = name if equals and "/" not in name and not Path(text).exists() else None
     text = rest if called else text
@@ -99,9 +96,8 @@ def _split(text: str) -> tuple[Kind | None, str | None, str, str]:
 
 def _file(text: str, keys: str, hidden_size: int | None, layer: int | None) -> DirectionSet:
     path = Path(text)
-    decoder = _decoder(path)
-    if decoder is not None:
-        return _latents(decoder, keys, text)
+    if is_sae_file(path):
+        return _latents(path, keys)
     if path.is_dir():
         return _folder(path, layer)
     if path.suffix in (".pt", ".pth") and path.is_file() and is_pca_file(path):
@@ -166,7 +162,7 @@ def _told_apart(found: list[DirectionSet], files: list[Path], folder: Path) -> l
 def _components(path: Path, keys: str) -> DirectionSet:
     file = read_pca(path)
     count = len(file.components)
-    numbers = _numbers(keys.replace("PC", ""), path, count + 1) if keys else list(range(1, count + 1))
+    numbers = _numbers(keys.replace("PC", ""), path) if keys else list(range(1, count + 1))
     rows = [(f"PC{number}", file.direction(number).vector.double()) for number in numbers]
     made = DirectionSet.of(rows, kind="pc", source=str(path), layer=file.layer)
     about = tuple(
@@ -176,34 +172,19 @@ def _components(path: Path, keys: str) -> DirectionSet:
     return replace(made, about=about)
 
 
-def _decoder(path: Path) -> Path | None:
-    """Return the file that holds a decoder, when there is one."""
-    if path.is_dir():
-        path = next((path / name for name in _SAE_FILES if (path / name).is_file()), path)
-    if path.suffix != ".safetensors" or not path.is_file():
-        return None
-    try:
-        with safetensors.safe_open(str(path), framework="pt") as stream:
-            return path if _DECODER in stream.keys() else None  # noqa: SIM118 - not a mapping
-    except (safetensors.SafetensorError, OSError) as error:
-        raise VectorError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _latents(file: Path, keys: str, text: str) -> DirectionSet:
-    """Read decoder rows, each alone: a decoder of a large autoencoder is not loaded."""
-    with safetensors.safe_open(str(file), framework="pt") as stream:
-        rows = stream.get_slice(_DECODER)
-        count = rows.get_shape()[0]
-        if not keys:
-            raise InputError(f"{file} has {count} latents; name some, as {text}#3,17,20-25")
-        numbers = _numbers(keys, file, count)
-        made = [(str(number), torch.as_tensor(rows[number : number + 1]).reshape(-1)) for number in numbers]
-    found = DirectionSet.of(made, kind="latent", source=str(file))
+def _latents(path: Path, keys: str) -> DirectionSet:
+    """Read decoder rows, each alone: a large decoder is not loaded."""
+    if not keys:
+        raise InputError(f"{path} is an autoencoder; name latents, as {path}#3,17,20-25")
+    numbers = _numbers(keys, path)
+    read = [load_direction(path, key=f"latent:{number}") for number in numbers]
+    rows = [(str(number), one.vector) for number, one in zip(numbers, read, strict=True)]
+    found = DirectionSet.of(rows, kind="latent", source=str(path), layer=read[0].layer)
     about = tuple(replace(one, number=number) for one, number in zip(found.about, numbers, strict=True))
     return replace(found, about=about)
 
 
-def _numbers(keys: str, path: Path, end: int) -> list[int]:
+def _numbers(keys: str, path: Path) -> list[int]:
     """Read `3,17,20-25`; both ends of a range count."""
     numbers: list[int] = []
     for part in keys.split(","):
@@ -211,7 +192,6 @@ def _numbers(keys: str, path: Path, end: int) -> list[int]:
         if not low.isdecimal() or (dash and not high.isdecimal()):
             raise InputError(f"{path}#{keys}: {part!r} is no number or range; write 3,17,20-25")
         numbers += range(int(low), int(high or low) + 1)
-    outside = [number for number in numbers if number >= end]
-    if outside or not numbers:
-        raise InputError(f"{path}#{keys}: {outside[0] if outside else 'nothing'} was asked for; the last is {end - 1}")
+    if not numbers:
+        raise InputError(f"{path}#{keys}: the range is empty; write 3,17,20-25")
     return list(dict.fromkeys(numbers))

@@ -296,8 +296,8 @@ def make_controls(
     if unknown or not kinds:
         raise InputError(f"control {', '.join(map(repr, unknown)) or 'kinds ()'}; one of {', '.join(CONTROL_KINDS)}")
     if states is None and set(kinds) != {"isotropic"}:
-        raise InputError(f"{' and '.join(one for one in kinds if one != 'isotropic')} controls are made of states [n, d]; "
-                         "give them (states), or take isotropic ones")  # fmt: skip
+        named = " and ".join(one for one in kinds if one != "isotropic")
+        raise InputError(f"{named} controls are made of states [n, d]; give them (states), or take isotropic ones")
     if states is not None and states.shape[-1] != hidden_size:
         raise VectorError(f"the states have width {states.shape[-1]} and the directions {hidden_size}")
     made = []

@@ -48,14 +48,14 @@ class Baseline:
         gap = values - self.mean[..., None]
         with np.errstate(divide="ignore", invalid="ignore"):
             scored = gap / self.deviation[..., None]
-        return np.where(gap == 0, 0.0, scored)
+        return np.asarray(np.where(gap == 0, 0.0, scored))
 
     def error(self, values: Array) -> Array:
         """Return the standard error of `z(values)` that comes from the number of controls, [..., n]."""
         gap = values - self.mean[..., None]
         with np.errstate(invalid="ignore"):
             spread = gap**2 * self.slope[..., None] - 2 * gap * self.both[..., None] + self.shift[..., None]
-        return np.sqrt(np.maximum(spread, 0.0))
+        return np.asarray(np.sqrt(np.maximum(spread, 0.0)))
 
 
 def of_controls(values: Array, *, floor: float | Array = 0.0) -> Baseline:

@@ -1,0 +1,79 @@
+"""The MLP of every layer, whole, before and after training: what it answers to a direction and to its opposite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+
+from trimtab.weights._lengths import apart, inner
+from trimtab.weights._open import Options, analyse
+from trimtab.weights._rows import Change, Cross, LayerPart, direction_rows, pair_rows
+from trimtab.weights._run import Context
+from trimtab.weights.run import WeightsRun
+
+PART = "mlp"
+_PIECE = 256
+
+
+def measure_mlp(base: str | Path, tuned: str | Path, directions: Any, **options: Unpack[Options]) -> WeightsRun:
+    """Compare what the MLP of every layer answers to every direction and to its opposite.
+
+    With `y` what the MLP adds to the stream for the unit direction `x`, through the block's own norms: `absolute` is
+    |y_tuned - y_base|; `angular`, 1 minus the cosine of the two; `length`, |y| of both; `parallel`, <y, x>: positive
+    where the MLP reinforces the direction that it reads; `orthogonal`, the rest of y. With sign -1 the opposite -x was
+    put in, and `parallel` is along it. Interactions are <y_tuned - y_base, u> for every other direction u.
+
+    Args:
+        base: directory, hub id, or "testbed".
+        tuned: a model of the same architecture.
+        directions: what `read_directions` takes.
+        options: see `Options`.
+
+    Returns:
+        The run: `.report` names the two focus layers, where the answers moved most and where they turned most.
+
+    Raises:
+        InputError: models that cannot be compared, layers outside the model, too few controls.
+        VectorError: directions of another width or layer.
+    """
+    return analyse("mlp", measure_layer, base, tuned, directions, **options)
+
+
+def measure_layer(context: Context) -> LayerPart:
+    """Measure one layer's MLP for all directions and all opposites in one pass."""
+    settings, units = context.settings, context.units
+    count = len(units)
+    signed = torch.cat([units, -units])
+    before, after = context.base.mlp(signed), context.tuned.mlp(signed)
+    size = float(before.norm(dim=1).max())
+    changes = [*_changes(before[:count], after[:count], units, 1), *_changes(before[count:], after[count:], -units, -1)]
+    cross = Cross(part=PART, delta=((after[:count] - before[:count]) @ units.T).float().cpu())
+    rows = direction_rows(context.layer, changes, settings.directions, settings.reference, context.unit)
+    pairs = pair_rows(
+        context.layer, cross, settings.directions, settings.reference, context.unit, settings.pairs, scale=size
+    )
+    return LayerPart(layer=context.layer, rows=rows.vstack(pairs), crosses=(cross,))
+
+
+def _changes(before: Tensor, after: Tensor, x: Tensor, sign: int) -> list[Change]:
+    found = apart(before, after)
+    along = [inner(y, x) for y in (before, after)]
+    across = [(length**2 - one**2).clamp_min(0).sqrt() for length, one in zip(found[:2], along, strict=True)]
+    scale = float(torch.maximum(found.base, found.tuned).max())
+
+    def both(measure: str, values: list[Tensor]) -> Change:
+        return Change(
+            part=PART, measure=measure, base=values[0], tuned=values[1], delta=values[1] - values[0], sign=sign,
+            scale=scale,
+        )  # fmt: skip
+
+    return [
+        Change(part=PART, measure="absolute", delta=found.change, sign=sign, scale=scale),
+        Change(part=PART, measure="angular", delta=2 * torch.sin(found.angle / 2) ** 2, sign=sign),
+        both("length", [found.base, found.tuned]),
+        both("parallel", along),
+        both("orthogonal", across),
+    ]
