@@ -2,12 +2,16 @@
 
     b s[cp:zigzag,sp] (h*d)[tp] 1  # ep:replicated dp:mean  any note
 
-- An axis is a name, `1` (a singleton without a name) or a fused group `(a*b)`.
+- An axis is a name, `1` (a singleton without a name), a fused group `(a*b)`, or parts one behind the other, each shared
+  out on its own: `(q:8+k:2+v:2)[tp]` (the numbers count heads; with fewer heads than ranks several hold the same, which
+  is verified), `(gate+up)[tp]` (equal parts), `(g:2*(q:4+k+v))[tp]` (the parts of each of two groups one behind the
+  other, as Megatron keeps query, key and value; whole, all of q come first).
 - `[...]` lists the parallel axes that share it out, the outermost first: `tp`, or `cp:zigzag`, or `tp:partial`.
   Qualifiers: `sharded` and `natural` (the default, in rank order), `zigzag` (the sequence is cut into 2 n chunks and
-  rank r holds chunks r and 2 n - 1 - r), `partial` (every rank holds a term of a sum), `mean` (a term of a mean),
-  `replicated` (every rank holds the same). `+` joins qualifiers; `sharded+mean` says that the loss is the
-  mean over the ranks, so that gradients of the shares are n times too large; values are plain shares.
+  rank r holds chunks r and 2 n - 1 - r), `dispatched` (every rank holds the rows that were routed to it; the record
+  `dispatched_ids` of the same layer says which), `partial` (every rank holds a term of a sum), `mean` (a term of a
+  mean), `replicated` (every rank holds the same). `+` joins qualifiers; `sharded+mean` says that the loss is the mean
+  over the ranks, so that gradients of the shares are n times too large; values are plain shares.
 - After `#`, `axis:qualifier` speaks of the whole tensor (`replicated`, `partial`, `mean`), `dp:=group` names the group
   that takes the place of dp; everything else is a note.
 - Reserved names: `b` batch, `s` sequence, `t` packed tokens.
@@ -27,7 +31,7 @@ from typing import Literal
 
 from trimtab.errors import InputError
 
-How = Literal["sharded", "zigzag", "partial", "mean", "replicated"]
+How = Literal["sharded", "zigzag", "dispatched", "partial", "mean", "replicated"]
 
 COORDINATES = ("tp", "pp", "cp", "ep", "dp", "micro", "recompute")
 AXES = {
@@ -38,10 +42,16 @@ AXES = {
 """Parallel axis -> the coordinate of a record that tells its ranks apart."""
 
 BATCH, SEQUENCE, TOKENS, SINGLETON = "b", "s", "t", "1"
-_QUALIFIERS = ("sharded", "natural", "zigzag", "partial", "mean", "replicated")
+_QUALIFIERS = ("sharded", "natural", "zigzag", "dispatched", "partial", "mean", "replicated")
 _WHOLE = ("partial", "mean", "replicated")
 _NAME = r"[A-Za-z_]\w*"
-_AXIS = re.compile(rf"(?P<name>1|{_NAME}|\(\s*{_NAME}(?:\s*\*\s*{_NAME})+\s*\))(?:\[(?P<mods>[^\[\]]*)\])?")
+_PART = rf"{_NAME}(?:\s*:\s*\d+)?"
+_PARTS = rf"{_PART}(?:\s*\+\s*{_PART})+"
+_AXIS = re.compile(
+    rf"(?P<name>1|{_NAME}|\(\s*{_NAME}(?:\s*\*\s*{_NAME})+\s*\)"
+    rf"|\(\s*(?:(?P<plain>{_PARTS})|{_NAME}\s*:\s*(?P<groups>\d+)\s*\*\s*\(\s*(?P<grouped>{_PARTS})\s*\))\s*\))"
+    r"(?:\[(?P<mods>[^\[\]]*)\])?"
+)
 _DECLARED = re.compile(r"(?P<axis>\w+):(?P<group>=?)(?P<what>[\w+]+)[,;]?")
 
 
@@ -63,7 +73,16 @@ class Split:
     @property
     def cuts(self) -> bool:
         """Whether the ranks hold different elements."""
-        return self.how in ("sharded", "zigzag")
+        return self.how in ("sharded", "zigzag", "dispatched")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One of several parts of an axis that lie one behind the other."""
+
+    name: str
+    count: int | None
+    """How many units, such as heads, it has: in all, or in each group; None: parts are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +90,18 @@ class Dim:
     """One axis of a tensor."""
 
     names: tuple[str, ...]
-    """Several when fused; empty for the nameless singleton."""
+    """Several when fused; empty for the nameless singleton; "q+k+v" for one of parts."""
     splits: tuple[Split, ...] = ()
     """The parallel axes that cut it, the outermost first."""
+    parts: tuple[Part, ...] = ()
+    groups: int = 0
+    """How many groups there are in all, where each group has its parts one behind the other."""
 
     @property
     def text(self) -> str:
-        """As it is written, without splits."""
+        """As it is written, without splits and counts of units."""
+        if self.parts:
+            return f"(g:{self.groups}*({self.names[0]}))" if self.groups else f"({self.names[0]})"
         return SINGLETON if not self.names else self.names[0] if len(self.names) == 1 else f"({'*'.join(self.names)})"
 
 
@@ -100,8 +124,13 @@ class Dims:
 
     @property
     def parallel(self) -> bool:
-        """Whether anything is declared about parallel axes."""
-        return next(self.splits(), None) is not None
+        """Whether anything is declared about parallel axes, or another order than that in which it is compared."""
+        return next(self.splits(), None) is not None or any(axis.groups for axis in self.axes)
+
+    @property
+    def dispatched(self) -> bool:
+        """Whether the ranks hold rows in an order of their own, which ids undo."""
+        return any(one.how == "dispatched" for one in self.splits())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -192,14 +221,32 @@ def _axes(shape: str, text: str) -> Iterator[Dim]:
                 f"dims {text!r}: {shape[at:].split()[0]!r} is no axis; write names apart by spaces, each with what "
                 "shares it out in brackets, such as 'b s[cp:zigzag] (n*d)[tp] 1'"
             )
-        name = found["name"].strip("() ")
+        parts = _parts(found["plain"] or found["grouped"] or "", text)
+        name = "+".join(part.name for part in parts) or found["name"].strip("() ")
         names = () if name == SINGLETON else tuple(part.strip() for part in name.split("*"))
         mods = found["mods"]
         splits = tuple(_split(mod.strip(), text) for mod in mods.split(",")) if mods is not None else ()
         if not names and splits:
             raise InputError(f"dims {text!r}: the singleton 1 cannot be shared out; name the axis")
-        yield Dim(names, splits)
+        if parts and any(split.how != "sharded" for split in splits):
+            raise InputError(f"dims {text!r}: {splits[0].axis} is {splits[0].how}; parts are shared out in rank order")
+        yield Dim(names, splits, parts, int(found["groups"] or 0))
         at = found.end()
+
+
+def _parts(written: str, text: str) -> tuple[Part, ...]:
+    """Read `q:8+k:2+v:2`; where one has a count, a part without one has 1."""
+    if not written:
+        return ()
+    pairs = [tuple(piece.strip() for piece in part.partition(":")[::2]) for part in written.split("+")]
+    names = [name for name, _ in pairs]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"dims {text!r}: the part {twice!r} is named twice")
+    if any(count and int(count) == 0 for _, count in pairs):
+        raise InputError(f"dims {text!r}: a part of 0 units")
+    counted = any(count for _, count in pairs)
+    return tuple(Part(name, int(count or 1) if counted else None) for name, count in pairs)
 
 
 def _split(mod: str, text: str) -> Split:
@@ -211,7 +258,7 @@ def _split(mod: str, text: str) -> Split:
             raise InputError(f"dims {text!r}: no qualifier {one!r}{_near(one, _QUALIFIERS)}")
     scaled = "mean" in given and len(given) > 1
     kinds = [one for one in given if one not in ("sharded", "natural") and not (scaled and one == "mean")]
-    if len(kinds) > 1 or (kinds and kinds != ["zigzag"] and (scaled or "sharded" in given)):
+    if len(kinds) > 1 or (kinds and kinds[0] not in ("zigzag", "dispatched") and (scaled or "sharded" in given)):
         raise InputError(f"dims {text!r}: {axis} is {' and '.join(given)}; an axis is one of them")
     return Split(axis, kinds[0] if kinds else "sharded", scaled)  # type: ignore[arg-type]
 

@@ -17,7 +17,7 @@ from trimtab.compare._parts import Notes, Outcome, Part, replay
 from trimtab.compare._sides import Side as SideOfPlan
 from trimtab.compare.align import Aligned
 from trimtab.compare.fingerprints import Neighbour, find_fingerprints
-from trimtab.compare.layout import Piece, differences
+from trimtab.compare.layout import Difference, Layout, Piece, differences, part_differences
 from trimtab.compare.ledger import Book, LedgerBook
 from trimtab.compare.match import Pair, key_of
 from trimtab.compare.measure import measure
@@ -146,14 +146,20 @@ class Execution:
         """Compare what ranks hold that is declared, or was found, to be the same."""
         for side in (self.plan.reference, self.plan.candidate):
             for key, layout in zip(side.layout_keys, side.layouts, strict=True):
-                for copies in layout.copies:
-                    try:
-                        for piece in copies[1:] if self.plan.verify else ():
-                            self._verify_copy(side, piece)
-                        for found in differences(copies, side.trace.tensor):
-                            self.book.note(_label(side.label), "replica", key, 1, f"{found.piece.text} {found.reason}")
-                    except TraceCorruptError as error:
-                        self.book.note(_label(side.label), "corrupt", key, 1, str(error))
+                try:
+                    for found in self._unequal_copies(side, layout):
+                        self.book.note(_label(side.label), "replica", key, 1, f"{found.piece.text} {found.reason}")
+                except TraceCorruptError as error:
+                    self.book.note(_label(side.label), "corrupt", key, 1, str(error))
+                except ComparisonError:
+                    continue  # its pieces do not fit: the pair itself says so
+
+    def _unequal_copies(self, side: SideOfPlan, layout: Layout) -> Iterator[Difference]:
+        for copies in layout.copies:
+            for piece in copies[1:] if self.plan.verify else ():
+                self._verify_copy(side, piece)
+            yield from differences(copies, side.trace.tensor)
+        yield from part_differences(layout, side.trace.tensor)
 
     def _verify_copy(self, side: SideOfPlan, piece: Piece) -> None:
         """Hash the bytes of a copy again; those that are compared are hashed with their pair.

@@ -201,7 +201,8 @@ def _match_whole(key: RecordKey, row: dict[str, Any]) -> Pair:
 def _match_layouts(key: RecordKey, row: dict[str, Any], sides: tuple[Side, Side], auxiliary: Auxiliary) -> Pair:
     """Pair two tensors made of pieces; where both are one record with one order of axes, as plain records."""
     ours, theirs = sides[0].layouts[row["layout"]], sides[1].layouts[row["layout_c"]]
-    plain = len(ours.pieces) == len(theirs.pieces) == 1 and ours.in_order_of(theirs)
+    dispatched = any(side.dims is not None and side.dims.dispatched for side in (ours, theirs))
+    plain = len(ours.pieces) == len(theirs.pieces) == 1 and ours.in_order_of(theirs) and not dispatched
     return Pair(
         key=key,
         order=row["first_order"],

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from trimtab.compare.dims import Dim, Dims
 
 Coordinates = tuple[tuple[str, int], ...]
 """Coordinate -> index, such as (("tp", 1),); sorted by name."""
+
+
+class Run(NamedTuple):
+    """A stretch of one axis, and where the ranks at some coordinates hold it."""
+
+    start: int
+    stop: int
+    local: int
+    at: Coordinates
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +81,11 @@ class Layout:
         return ours is not None and ours == theirs and self.in_order_of(other)
 
     def in_order_of(self, other: Layout) -> bool:
-        """Whether the axes of both come in one order, as far as they are named."""
+        """Whether the axes of both come in one order, as far as they are named, and their elements, too."""
         ours, theirs = _names(self), _names(other)
-        return ours is None or theirs is None or ours == theirs
+        if ours is None or theirs is None:
+            return not any(axis.groups for one in (self, other) for axis in one.axes or ())
+        return ours == theirs
 
     def _signature(self) -> tuple[object, ...] | None:
         if any(piece.digest is None for piece in self.pieces):

@@ -10,27 +10,18 @@ import bisect
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from trimtab.compare.dims import TOKENS, Split
-from trimtab.compare.layout._types import Coordinates, Layout, Piece, spelled
+from trimtab.compare.layout._types import Coordinates, Layout, Piece, Run, spelled
+from trimtab.compare.layout.parts import part_runs
 from trimtab.errors import ComparisonError
 
 Load = Callable[[int], torch.Tensor]
 At = Mapping[str, int]
-
-
-class Run(NamedTuple):
-    """A stretch of one axis, and where the ranks at some coordinates hold it."""
-
-    start: int
-    stop: int
-    local: int
-    at: Coordinates
 
 
 class Assembled:
@@ -168,6 +159,8 @@ class Assembled:
                     f"{list(piece.shape)}, and the dims {str(layout.dims)!r} cut axis {dim} over "
                     f"{', '.join(sorted(mine)) or 'nothing'}"
                 )
+        if layout.axes is not None and layout.axes[dim].parts:
+            return part_runs(layout.axes[dim], values, {at: size for at, (size, _) in lengths.items()})
         packed = layout.axes is not None and layout.axes[dim].names == (TOKENS,)
         joiner = _Joiner(values, {at: size for at, (size, _) in lengths.items()}, self._sequences if packed else _none)
         return joiner.join(splits, {})

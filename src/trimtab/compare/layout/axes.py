@@ -32,6 +32,11 @@ def needs_tokens(ours: Sequence[Dim], theirs: Sequence[Dim]) -> bool:
     return is_packed(packed) and not is_packed(padded) and {BATCH, SEQUENCE} <= names
 
 
+def is_dispatched(axes: Sequence[Dim]) -> bool:
+    """Whether the ranks hold rows in an order of their own."""
+    return any(split.how == "dispatched" for axis in axes for split in axis.splits)
+
+
 def is_named(axes: Sequence[Dim] | None) -> bool:
     """Whether dims name axes; `d0 d1 d2`, as a dump counts the axes of a sharded tensor, do not."""
     return axes is not None and [axis.names for axis in axes] != [(f"d{dim}",) for dim in range(len(axes))]

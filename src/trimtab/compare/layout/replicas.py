@@ -41,12 +41,12 @@ def differences(copies: Sequence[Piece], load: Callable[[int], torch.Tensor]) ->
             else:
                 yield Difference(piece, f"differs from {first.text} by digest; values were not kept")
             continue
-        said = _unequal(load(first.record_id), load(piece.record_id))
+        said = unequal(load(first.record_id), load(piece.record_id))
         if said is not None:
             yield Difference(piece, f"differs from {first.text}: {said}")
 
 
-def _unequal(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
+def unequal(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     """How two tensors that should be equal to the bit differ; None when they do not."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return f"{theirs.dtype} {list(theirs.shape)} against {ours.dtype} {list(ours.shape)}"
@@ -54,12 +54,12 @@ def _unequal(ours: torch.Tensor, theirs: torch.Tensor) -> str | None:
     count, worst, place = 0, -1.0, 0
     for start in range(0, flat.numel(), _CHUNK):
         one, two = flat[start : start + _CHUNK], other[start : start + _CHUNK]
-        unequal = (one.view(torch.uint8) != two.view(torch.uint8)).view(len(one), -1).any(dim=1)
-        count += int(unequal.sum())
-        if not unequal.any():
+        bits = (one.view(torch.uint8) != two.view(torch.uint8)).view(len(one), -1).any(dim=1)
+        count += int(bits.sum())
+        if not bits.any():
             continue
         gap = _gap(one, two)
-        gap[~unequal] = -1.0
+        gap[~bits] = -1.0
         if float(gap.max()) > worst:
             worst, place = float(gap.max()), start + int(gap.argmax())
     if count == 0:

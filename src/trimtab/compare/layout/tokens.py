@@ -12,6 +12,8 @@ import numpy.typing as npt
 from trimtab.errors import ComparisonError
 
 Ints = npt.NDArray[np.int64]
+IDS = "dispatched_ids"
+"""The record that names the rows of dispatched tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +72,38 @@ def pair_tokens(packed: Ints, bounds: Sequence[int], padded: Ints, mask: npt.NDA
     return TokenPairs(
         Stretches(columns[:, 0], columns[:, 2]), Stretches(columns[:, 1], columns[:, 2]), tuple(alone), tuple(rest)
     )
+
+
+def pair_ids(ours: Ints, theirs: Ints) -> TokenPairs:
+    """Pair the rows of two sides by their ids, in the order of the ids.
+
+    Args:
+        ours: [rows, parts of an id].
+        theirs: the same.
+
+    Raises:
+        ComparisonError: ids that do not tell rows apart, or of other parts.
+    """
+    if ours.shape[1] != theirs.shape[1]:
+        raise ComparisonError(f"ids of {ours.shape[1]} numbers in the reference, of {theirs.shape[1]} in the candidate")
+    names, numbers = np.unique(np.concatenate([ours, theirs]), axis=0, return_inverse=True)
+    sides = np.split(numbers.reshape(-1), [len(ours)])
+    for label, side in zip(("reference", "candidate"), sides, strict=True):
+        values, counts = np.unique(side, return_counts=True)
+        if len(values) != len(side):
+            twice = names[values[np.argmax(counts > 1)]].tolist()
+            raise ComparisonError(
+                f"{IDS} do not tell rows apart: {twice} is on {int(counts.max())} rows of the {label}; give every row "
+                "an id of its own, such as (token, expert)"
+            )
+    common, at, at_c = np.intersect1d(sides[0], sides[1], assume_unique=True, return_indices=True)
+    cuts = np.flatnonzero((np.diff(at) != 1) | (np.diff(at_c) != 1)) + 1
+    begins = np.concatenate([[0], cuts]).astype(np.int64) if len(common) else np.zeros(0, dtype=np.int64)
+    lengths = np.diff(np.concatenate([begins, [len(common)]]))
+    alone = [
+        tuple(f"id {names[one].tolist()}" for one in np.setdiff1d(side, common, assume_unique=True)) for side in sides
+    ]
+    return TokenPairs(Stretches(at[begins], lengths), Stretches(at_c[begins], lengths), alone[0], alone[1])
 
 
 def _find(ids: Ints, row: Ints, span: tuple[int, int] | None) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -13,14 +14,14 @@ import torch
 from trimtab.compare.dims import BATCH, SEQUENCE, TOKENS, Dim
 from trimtab.compare.layout._types import Layout, Piece
 from trimtab.compare.layout.assemble import Assembled, Load
-from trimtab.compare.layout.axes import Reading, as_stored, common, is_named, is_packed, needs_tokens
-from trimtab.compare.layout.tokens import Stretches, TokenPairs, pair_tokens
+from trimtab.compare.layout.axes import Reading, as_stored, common, is_dispatched, is_named, is_packed, needs_tokens
+from trimtab.compare.layout.tokens import IDS, Ints, Stretches, TokenPairs, pair_ids, pair_tokens
 from trimtab.errors import ComparisonError
 
 
 @dataclass(frozen=True, slots=True)
 class TokenMatch:
-    """Where the token ids of both sides are recorded, by which packed and padded tensors are laid side by side."""
+    """Where the ids of both sides are recorded, by which packed and padded, or dispatched, tokens are paired."""
 
     ids: tuple[Layout, Layout]
     mask: Layout | None
@@ -106,6 +107,8 @@ def view_pair(layouts: tuple[Layout, Layout], loads: tuple[Load, Load], tokens: 
     ours, theirs = layouts[0].axes, layouts[1].axes
     if ours is None or theirs is None or not (is_named(ours) and is_named(theirs)):
         readings = [as_stored(tensor.shape) for tensor in tensors]
+    elif is_dispatched(ours) or is_dispatched(theirs):
+        return _by_ids(tensors, (ours, theirs), loads, tokens)
     elif needs_tokens(ours, theirs):
         return _by_tokens(tensors, (ours, theirs), loads, tokens)
     else:
@@ -129,13 +132,55 @@ def _by_tokens(
     packed = 0 if is_packed(axes[0]) else 1
     pairs = _token_pairs(match, loads, packed)
     readings = [_tokens_first(axes[at], tensors[at].shape) for at in (0, 1)]
-    inner = _inner(axes, (tensors[0].shape, tensors[1].shape))
+    stretches = (pairs.packed, pairs.padded) if packed == 0 else (pairs.padded, pairs.packed)
+    return ViewPair(*_row_views(tensors, axes, readings, stretches), pairs, packed == 0)
+
+
+def _by_ids(
+    tensors: tuple[Assembled, Assembled],
+    axes: tuple[tuple[Dim, ...], tuple[Dim, ...]],
+    loads: tuple[Load, Load],
+    match: TokenMatch | None,
+) -> ViewPair:
+    """Rows that were routed to the ranks, paired by their ids."""
+    if match is None:
+        raise ComparisonError(
+            f"its rows were dispatched, in an order of their own; record {IDS} of the same layer on both sides, one id "
+            "per row, with dims for the rows"
+        )
+    name = next(axis.names for side in axes for axis in side if is_dispatched([axis]))
+    readings, ids = [], []
+    for at in (0, 1):
+        dims = [dim for dim, axis in enumerate(axes[at]) if axis.names == name]
+        if not dims:
+            raise ComparisonError(f"only one side has an axis {'*'.join(name)!r}, whose rows were dispatched")
+        readings.append((dims[0],))
+        ids.append(_row_ids(match.ids[at], loads[at], tensors[at].shape[dims[0]]))
+    pairs = pair_ids(ids[0], ids[1])
+    return ViewPair(*_row_views(tensors, axes, readings, (pairs.packed, pairs.padded)), pairs)
+
+
+def _row_ids(layout: Layout, load: Load, rows: int) -> Ints:
+    """The ids of dispatched rows, [rows, numbers of an id]."""
+    tensor = Assembled(layout, load)
+    if not tensor.shape or tensor.shape[0] != rows or tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        raise ComparisonError(f"{IDS} are {tensor.dtype} of shape {list(tensor.shape)}; {rows} rows need integer ids")
+    return tensor.flat(0, math.prod(tensor.shape)).numpy().astype(np.int64).reshape(rows, -1)
+
+
+def _row_views(
+    tensors: tuple[Assembled, Assembled],
+    axes: tuple[tuple[Dim, ...], tuple[Dim, ...]],
+    readings: Sequence[tuple[int, ...]],
+    stretches: tuple[Stretches, Stretches],
+) -> tuple[View, View]:
+    """Both sides with their rows first, of which those in the stretches are read."""
+    inner = _inner(axes, (tensors[0].shape, tensors[1].shape), readings)
     views = []
     for at in (0, 1):
-        stretches = pairs.packed if at == packed else pairs.padded
         order = (*readings[at], *(dim for dim in inner[at].order if dim not in readings[at]))
-        views.append(View(tensors[at].reordered(order), (stretches.tokens, *inner[at].shape), stretches))
-    return ViewPair(views[0], views[1], pairs, packed == 0)
+        views.append(View(tensors[at].reordered(order), (stretches[at].tokens, *inner[at].shape), stretches[at]))
+    return views[0], views[1]
 
 
 def _token_pairs(match: TokenMatch, loads: tuple[Load, Load], packed: int) -> TokenPairs:
@@ -189,10 +234,11 @@ def _length(axes: tuple[Dim, ...], shape: tuple[int, ...]) -> int:
 
 
 def _inner(
-    axes: tuple[tuple[Dim, ...], tuple[Dim, ...]], shapes: tuple[tuple[int, ...], tuple[int, ...]]
+    axes: tuple[tuple[Dim, ...], tuple[Dim, ...]],
+    shapes: tuple[tuple[int, ...], tuple[int, ...]],
+    tokens: Sequence[tuple[int, ...]],
 ) -> list[Reading]:
     """One order for the axes that are not tokens."""
-    tokens = [set(_tokens_first(axes[at], shapes[at])) for at in (0, 1)]
     hidden = tuple(tuple(Dim(()) if dim in tokens[at] else axis for dim, axis in enumerate(axes[at])) for at in (0, 1))
     sizes = tuple(tuple(1 if dim in tokens[at] else size for dim, size in enumerate(shapes[at])) for at in (0, 1))
     return list(common(hidden[0], hidden[1], (sizes[0], sizes[1])))
