@@ -43,7 +43,7 @@ _GROUPS = {
     ),
     "testbed": ("The embedded model.", {"build": "Retrain the embedded model from its seed."}),
 }
-_PACKAGES = ("vectors", "evaluate", "weights")
+_PACKAGES = ("vectors", "evaluate", "sae", "weights")
 """Groups whose verbs have a file each: `trimtab.cli.<group>` has HELP and VERBS, a verb's file its function."""
 
 

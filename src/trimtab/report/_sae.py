@@ -132,9 +132,9 @@ def render_text(result: SAEEvaluation, *, width: int, color: bool) -> str:
     page.line("")
     for question, short, detail, tone in made.answers:
         page.item(f"{question} {short}", detail, _TONE[tone])
-    short = [tuple(row[place] for place in _SCORE_COLUMNS) for row in made.scores[:MAX_LINES]]
+    narrow = [tuple(row[place] for place in _SCORE_COLUMNS) for row in made.scores[:MAX_LINES]]
     heads = tuple(SCORE_HEADS[place] for place in _SCORE_COLUMNS)
-    page.table("Autoencoders", heads, short, left_out=len(made.scores) - MAX_LINES)
+    page.table("Autoencoders", heads, narrow, left_out=len(made.scores) - MAX_LINES)
     if made.matched:
         page.table("At equal L0", made.matched_heads, made.matched[:MAX_LINES])
     if made.splices:
@@ -261,11 +261,13 @@ def _tokens(example: Example, largest: float) -> tuple[Token, ...]:
 
 
 def _line(one: LatentView) -> str:
-    if not one.examples:
+    """The strongest firing with a few tokens around it."""
+    if not one.examples or not one.examples[0][1]:
         return fmt.MISSING
-    return fmt.one_line(
-        one.separator.join(f"[{token.text}]" if token.is_at else token.text for token in one.examples[0][1]), 64
-    )
+    tokens = one.examples[0][1]
+    at = next((place for place, token in enumerate(tokens) if token.is_at), 0)
+    near = tokens[max(0, at - 5) : at + 5]
+    return fmt.one_line(one.separator.join(f"[{token.text}]" if token.is_at else token.text for token in near), 72)
 
 
 def _score(one: SAEScore) -> tuple[str, ...]:

@@ -47,7 +47,7 @@ def opened(asked: Data) -> Iterator[tuple[EvaluationSet, Backend | None]]:
     if asked.tokens < 2 or asked.max_length < 2:
         raise InputError(f"tokens is {asked.tokens}, max_length {asked.max_length}; at least 2 were expected")
     data, model = asked.data, asked.model
-    if isinstance(data, (Tensor, tuple, Trace)) or hasattr(data, "chunks") or _is_trace(data):
+    if isinstance(data, (Tensor, tuple, Trace)) or hasattr(data, "chunks") or is_trace(data):
         source = _source(data, asked)
         known = source.widths
         alone = asked.site not in known and UNKNOWN_SITE in known
@@ -96,7 +96,8 @@ def _texts(running: Backend, asked: Data) -> ModelSet:
     return ModelSet(running, named, listed, asked.site, asked.target, batch=batch)
 
 
-def _is_trace(data: Any) -> bool:
+def is_trace(data: Any) -> bool:
+    """Whether a path is the directory of a trace."""
     try:
         return (Path(data) / "manifest.json").is_file()
     except TypeError:

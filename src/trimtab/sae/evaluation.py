@@ -22,7 +22,7 @@ from trimtab.sae._matched import matched
 from trimtab.sae._sets import EvaluationSet, ModelSet
 from trimtab.sae._splice import splices
 from trimtab.sae._tally import Spread, Tally, decoder_cosines
-from trimtab.sae.files import load
+from trimtab.sae.files import load, members
 from trimtab.sae.model import SAE
 
 SUMMARY = "evaluation.json"
@@ -59,7 +59,8 @@ def evaluate(
     is measured with reconstructions put in its place by an `Edit` at the site.
 
     Args:
-        saes: autoencoders, or what `load` reads; with a mapping, name -> one of them.
+        saes: autoencoders, what `load` reads, or directories of trainings, of which all are taken; with a mapping,
+            name -> one autoencoder.
         data: texts (a file, a list, `datasets:NAME`), a Trace or its directory, or a tensor [rows, d_in] (a pair of
             tensors for a transcoder). None: documents of the embedded model's grammar that a default training never
             saw.
@@ -146,7 +147,10 @@ def _named(saes: Source | Sequence[Source] | Mapping[str, Source]) -> tuple[dict
     if isinstance(saes, Mapping):
         pairs = list(saes.items())
     else:
-        listed = [saes] if isinstance(saes, (SAE, str, os.PathLike)) else list(saes)
+        given = [saes] if isinstance(saes, (SAE, str, os.PathLike)) else list(saes)
+        listed: list[Source] = []
+        for one in given:
+            listed += [one] if isinstance(one, SAE) else members(one) or [one]
         pairs = [(_label(one, number), one) for number, one in enumerate(listed)]
     if not pairs:
         raise InputError("no autoencoder was given; give at least one, such as a directory of cfg.json and weights")

@@ -114,9 +114,10 @@ def load(path: str | os.PathLike[str] | SAE) -> SAE:
     """Read an autoencoder.
 
     Args:
-        path: a directory of ours or of SAELens (one saved for inference, or a training checkpoint), a directory with
-            Gemma Scope's `params.npz`, that archive, a safetensors file with the weights alone, or an autoencoder,
-            which is returned. Weights alone, and Gemma Scope's, are jumprelu where there are thresholds, else standard.
+        path: a directory of ours or of SAELens (one saved for inference, or a training checkpoint), that of a training
+            here of a single autoencoder, a directory with Gemma Scope's `params.npz`, that archive, a safetensors file
+            with the weights alone, or an autoencoder, which is returned. Weights alone, and Gemma Scope's, are jumprelu
+            where there are thresholds, else standard.
 
     Returns:
         The autoencoder, float32 on the CPU, for activations in hidden units.
@@ -131,6 +132,12 @@ def load(path: str | os.PathLike[str] | SAE) -> SAE:
         return _saelens(place)
     if place.is_dir() and (place / PARAMETERS).is_file():
         place = place / PARAMETERS
+    trained = members(place)
+    if len(trained) > 1:
+        names = ", ".join(one.name for one in trained)
+        raise InputError(f"{place} holds several autoencoders ({names}); give the directory of one")
+    if trained:
+        return _saelens(trained[0])
     if place.suffix == ".npz" and place.is_file():
         return _gemma_scope(place)
     if place.suffix == ".safetensors" and place.is_file():
@@ -140,6 +147,14 @@ def load(path: str | os.PathLike[str] | SAE) -> SAE:
         f"{place} {what if place.exists() else 'does not exist'}; give a directory with {CONFIG} and {WEIGHTS}, a "
         f"{PARAMETERS} of Gemma Scope, or a safetensors file with W_enc and W_dec"
     )
+
+
+def members(path: str | os.PathLike[str]) -> tuple[Path, ...]:
+    """Return the directories of autoencoders in the directory of a training, by name; none elsewhere."""
+    place = Path(path)
+    if not place.is_dir() or (place / WEIGHTS).is_file():
+        return ()
+    return tuple(sorted(one for one in place.iterdir() if (one / WEIGHTS).is_file()))
 
 
 def _has_config(weights: Path) -> bool:
