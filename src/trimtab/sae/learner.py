@@ -268,7 +268,9 @@ class Learner:
         found |= {f"second.{name}": value for name, value in self._updater.second.items()}
         control = self._control
         found["steps"] = torch.tensor(self.steps)
-        found["control"] = torch.tensor([0.0, 0.0] if control is None else [control.integral, control.error]).double()
+        found["control"] = torch.tensor(
+            [0.0, 0.0] if control is None else [control.integral, control.error], dtype=torch.float64
+        )
         found["silent"], found["cut"] = self._silent, self._cut
         found["generator"] = self._generator.get_state()
         return found
