@@ -34,7 +34,7 @@ def watch(
 def run(monitor: Monitor, total: int = 3000, **changed: object) -> list[SAEWarning]:
     found = []
     for step in range(1, total + 1):
-        values = {"loss": course(step), "l0_share": share(step), "grad_norm": 1e-4}
+        values = {"recon": course(step), "l0_share": share(step), "grad_norm": 1e-4}
         for name, change in changed.items():
             values[name] = change(step, values[name])  # type: ignore[operator]
         found += monitor.see(step, values)
@@ -52,44 +52,44 @@ def test_a_training_as_it_should_be_raises_nothing() -> None:
 @pytest.mark.parametrize("architecture", ["jumprelu", "topk", "batchtopk", "gated", "standard", "matryoshka-jumprelu"])
 def test_nan_is_a_flag_everywhere_and_told_once(architecture: str) -> None:
     monitor = watch(architecture, expansion=3, site="")
-    found = [one for step in range(1, 9) for one in monitor.see(step, {"loss": math.nan if step > 3 else 0.3})]
-    assert [(one.rule, one.level, one.step, one.metric) for one in found] == [("finite", "flag", 4, "loss")]
+    found = [one for step in range(1, 9) for one in monitor.see(step, {"recon": math.nan if step > 3 else 0.3})]
+    assert [(one.rule, one.level, one.step, one.metric) for one in found] == [("finite", "flag", 4, "recon")]
 
 
 def test_a_loss_over_027_is_a_flag_only_after_it_was_under_025() -> None:
     monitor = watch()
-    assert monitor.see(1, {"loss": 0.4}) == []
-    assert monitor.see(2, {"loss": 0.28}) == []
-    assert monitor.see(3, {"loss": 0.249}) == []
-    assert monitor.see(4, {"loss": 0.27}) == []
-    found = monitor.see(5, {"loss": 0.2701})
+    assert monitor.see(1, {"recon": 0.4}) == []
+    assert monitor.see(2, {"recon": 0.28}) == []
+    assert monitor.see(3, {"recon": 0.249}) == []
+    assert monitor.see(4, {"recon": 0.27}) == []
+    found = monitor.see(5, {"recon": 0.2701})
     assert names(found) == [("loss after it has fallen", "flag")]
     assert found[0].step == 5
-    assert monitor.see(6, {"loss": 0.5}) == []  # told before
+    assert monitor.see(6, {"recon": 0.5}) == []  # told before
 
 
 def test_a_loss_over_027_is_a_flag_from_step_1000_whatever_it_did_before() -> None:
     monitor = watch()
-    assert monitor.see(1, {"loss": 0.3}) == []
-    assert monitor.see(999, {"loss": 0.3}) == []
-    assert names(monitor.see(1000, {"loss": 0.3})) == [("loss after it has fallen", "flag")]
+    assert monitor.see(1, {"recon": 0.3}) == []
+    assert monitor.see(999, {"recon": 0.3}) == []
+    assert names(monitor.see(1000, {"recon": 0.3})) == [("loss after it has fallen", "flag")]
 
 
 def test_a_loss_under_001_is_suspicious() -> None:
-    assert names(run(watch(), loss=lambda step, x: 0.0099 if step == 15 else x)) == [("loss too low", "warn")]
-    assert run(watch(), loss=lambda step, x: 0.0101 if step == 15 else x) == []
+    assert names(run(watch(), recon=lambda step, x: 0.0099 if step == 15 else x)) == [("loss too low", "warn")]
+    assert run(watch(), recon=lambda step, x: 0.0101 if step == 15 else x) == []
 
 
 @pytest.mark.parametrize(("late", "expected"), [(0.149, True), (0.151, False), (0.269, False)])
 def test_the_late_mean_must_settle(late: float, expected: bool) -> None:
-    found = names(run(watch(), loss=lambda step, x: late if step > 2000 else x))
+    found = names(run(watch(), recon=lambda step, x: late if step > 2000 else x))
     assert (found == [("loss not settled", "warn")]) is expected
 
 
 def test_what_is_asked_at_the_end_is_not_asked_of_a_run_that_ended_early() -> None:
     monitor = watch()
     for step in range(1, 2500):
-        monitor.see(step, {"loss": 0.1})
+        monitor.see(step, {"recon": 0.1})
     assert monitor.finish(2499) == []
 
 
@@ -130,22 +130,22 @@ def test_topk_kinds_have_no_course_of_l0(architecture: str) -> None:
 
 def test_figures_of_the_preset_are_asked_only_where_they_fit_and_that_is_said() -> None:
     small = watch(expansion=4)
-    assert run(small, loss=lambda step, x: 0.9) == []
+    assert run(small, recon=lambda step, x: 0.9) == []
     assert "24x SAEs of *mlp_out" in small.skipped[0]
     assert "loss after it has fallen" in small.skipped[0]
     assert names(run(watch(expansion=4), grad_norm=lambda step, x: 1e3)) == [("gradient norm", "flag")]
     assert watch(site="layers.8.resid_post").skipped
     forced = Monitor("a", rules_for("topk", "jumprelu"), total_steps=3000, expansion=4, forced=True)
-    assert ("loss after it has fallen", "flag") in names(run(forced, loss=lambda step, x: 0.9))
+    assert ("loss after it has fallen", "flag") in names(run(forced, recon=lambda step, x: 0.9))
 
 
 def test_a_monitor_goes_on_where_it_was() -> None:
     whole, first, second = watch(), watch(), watch()
     losses = {step: 0.2 if step < 50 else 0.3 for step in range(1, 101)}
-    expected = [one for step in losses for one in whole.see(step, {"loss": losses[step]})]
-    found = [one for step in range(1, 50) for one in first.see(step, {"loss": losses[step]})]
+    expected = [one for step in losses for one in whole.see(step, {"recon": losses[step]})]
+    found = [one for step in range(1, 50) for one in first.see(step, {"recon": losses[step]})]
     second.load_state(first.state())
-    found += [one for step in range(50, 101) for one in second.see(step, {"loss": losses[step]})]
+    found += [one for step in range(50, 101) for one in second.see(step, {"recon": losses[step]})]
     assert found == expected
     assert len(found) == 1
     assert second.state() == whole.state()
@@ -169,5 +169,5 @@ def test_rule_files_are_checked(tmp_path: Path) -> None:
         rules_for("jumprelu", "nonsense")
     file.write_text("rules:\n  - {name: mine, metric: loss, max: 1, level: flag, text: t}\n")
     monitor = Monitor("a", rules_for("jumprelu", str(file)), total_steps=9)
-    assert names(monitor.see(1, {"loss": 2.0})) == [("mine", "flag")]
+    assert names(monitor.see(1, {"recon": 2.0})) == [("mine", "flag")]
     assert Monitor("a", rules_for("jumprelu", "off"), total_steps=9).rules == ("finite",)
