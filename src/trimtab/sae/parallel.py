@@ -1,8 +1,8 @@
 """Several processes on one training: they share the tokens of a batch, the latents of each SAE, or both.
 
-Launched by torchrun, N processes form a mesh of N / T x T: T processes hold a range of the latents each (their rows of
-W_enc and W_dec, their biases, thresholds, moments and counters) and see the same tokens; N / T such groups see different
-tokens of every batch. Each step then is the one that a single process would take, up to the order of sums:
+Launched by torchrun, N processes form a mesh of N / T x T. T processes hold a range of the latents each (their rows
+of W_enc and W_dec, their biases, thresholds, moments and counters) and see the same tokens; N / T such groups see
+different tokens of every batch. Each step then is the one that a single process would take, up to the order of sums:
 
     TopK      every process ranks its own latents; their candidates are gathered, the k-th of all is the cut
     decode    partial reconstructions are summed over the latents' processes
@@ -151,8 +151,7 @@ class Parallel:
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {
-            name: one if name in _ALIKE else self.gather(one, dim=int(name == "W_enc"))
-            for name, one in tensors.items()
+            name: one if name in _ALIKE else self.gather(one, dim=int(name == "W_enc")) for name, one in tensors.items()
         }
 
     def _joined(self, learner: Learner, computed: Computed) -> Computed:
@@ -220,12 +219,12 @@ class MeshSplit:
 
     def reduce(self, partial: Tensor) -> Tensor:
         """Return the sum over the latents' processes; its gradient passes unchanged."""
-        result: Tensor = _Reduce.apply(partial, self._latents.get_group())
+        result: Tensor = _Reduce.apply(partial, self._latents.get_group())  # type: ignore[no-untyped-call]
         return result
 
     def share(self, whole: Tensor) -> Tensor:
         """Return what every process of the latents holds alike; its gradient is summed over them."""
-        result: Tensor = _Share.apply(whole, self._latents.get_group())
+        result: Tensor = _Share.apply(whole, self._latents.get_group())  # type: ignore[no-untyped-call]
         return result
 
     def batch_sum(self, partial: Tensor) -> Tensor:
