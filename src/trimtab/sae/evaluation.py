@@ -62,8 +62,9 @@ def evaluate(
         saes: autoencoders, what `load` reads, or directories of trainings, of which all are taken; with a mapping,
             name -> one autoencoder.
         data: texts (a file, a list, `datasets:NAME`), a Trace or its directory, or a tensor [rows, d_in] (a pair of
-            tensors for a transcoder). None: documents of the embedded model's grammar that a default training never
-            saw.
+            tensors for a transcoder), or an `ActivationSource`. None: documents of the embedded model's grammar that a
+            default training never saw. Of a trace every row counts: capture it from position 1 on where a token begins
+            every text.
         model: what runs the texts; an open backend, or what `open_backend` takes. Not used for a trace or a tensor.
         site: where activations are taken; None: the autoencoders' own.
         target_site: where the target of a transcoder is taken; None: its own.
