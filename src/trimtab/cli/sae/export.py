@@ -73,7 +73,7 @@ def _text(made: Any) -> str:
     if one is not None:
         spread = ", ".join(f"{share}: {value:.4g}" for share, value in one.active_quantiles.items())
         lines += [
-            f"latent {one.latent} fires on {one.density:.2%} of {one.tokens:,} tokens, at most {one.max_activation:.4g}",
+            f"latent {one.latent} fires on {one.density:.2%} of {one.tokens:,} tokens, up to {one.max_activation:.4g}",
             f"quantiles where it fires: {spread}",
             f"steering at {one.site} on {one.positions}: {one.scale:g} x {one.norm:.4g} in hidden units"
             + (f" (states there: median norm {one.median_norm:.4g})" if one.median_norm else ""),
