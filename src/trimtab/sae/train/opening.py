@@ -27,7 +27,7 @@ from trimtab.sae.data import (
     open_texts,
 )
 from trimtab.sae.synthetic import SparseDictionary
-from trimtab.sae.train.config import SAESettings, TrainConfig
+from trimtab.sae.train.config import Plan, SAESettings, TrainConfig
 from trimtab.sae.train.loop import OnStep
 from trimtab.sae.train.training import train_stream
 from trimtab.trace import Trace
@@ -41,6 +41,15 @@ class _Sorted(NamedTuple):
     saes: SAESettings
     run: TrainConfig
     stream: StreamConfig
+
+
+class Opened(NamedTuple):
+    """A training before its first step."""
+
+    plans: tuple[Plan, ...]
+    stream: Stream
+    run: TrainConfig
+    device: str
 
 
 def train(
@@ -94,6 +103,39 @@ def train(
     Example:
         >>> train("testbed", sites="layers.4.mlp_out", expansion=8, steps=2000, out="runs/sae")  # doctest: +SKIP
     """
+    opened = open_training(
+        data,
+        sites=sites,
+        target=target,
+        model=model,
+        backend=backend,
+        model_dtype=model_dtype,
+        device=device,
+        engine=engine,
+        context_size=context_size,
+        model_batch=model_batch,
+        column=column,
+        settings=settings,
+    )
+    return train_stream(opened.plans, opened.stream, opened.run, out=out, device=opened.device, on_step=on_step)
+
+
+def open_training(
+    data: Any,
+    *,
+    sites: str | Sequence[str] | None,
+    target: str,
+    model: Any,
+    backend: str,
+    model_dtype: str,
+    device: str | torch.device | None,
+    engine: Mapping[str, Any] | None,
+    context_size: int,
+    model_batch: int,
+    column: str,
+    settings: Mapping[str, Any],
+) -> Opened:
+    """Return what `train` trains, and on what; the arguments are its own. The caller closes the stream."""
     sorted_settings = _sort(settings)
     where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
     patterns = _patterns(sites)
@@ -118,7 +160,7 @@ def train(
     except BaseException:
         source.close()
         raise
-    return train_stream(plans, stream, sorted_settings.run, out=out, device=where, on_step=on_step)
+    return Opened(plans, stream, sorted_settings.run, where)
 
 
 def _sort(settings: Mapping[str, Any]) -> _Sorted:
