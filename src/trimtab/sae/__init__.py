@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trimtab.sae.checking import check_precision as check_precision
     from trimtab.sae.config import OptimConfig as OptimConfig
     from trimtab.sae.config import SAEConfig as SAEConfig
     from trimtab.sae.evaluation import evaluate as evaluate
@@ -40,6 +41,7 @@ _WHERE = {
     "SelfTest": "learner",
     "SparseDictionary": "synthetic",
     "StepLosses": "learner",
+    "check_precision": "checking",
     "evaluate": "evaluation",
     "export": "latents",
     "latent_vector": "latents",
@@ -60,6 +62,7 @@ __all__ = [
     "SelfTest",
     "SparseDictionary",
     "StepLosses",
+    "check_precision",
     "evaluate",
     "export",
     "latent_vector",
