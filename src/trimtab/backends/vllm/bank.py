@@ -74,6 +74,7 @@ class SiteBank:
         model_dtype: their dtype: float32, bfloat16 or float16.
         storage: dtype of the stored directions: float32, or bfloat16 for half the memory and rounded directions.
         kernel: "torch" uses the torch operations on the CPU too.
+        counts: int64 [max_bound + 1, J, 3] to count in, zeros; None makes it.
     """
 
     def __init__(
@@ -89,6 +90,7 @@ class SiteBank:
         model_dtype: torch.dtype,
         storage: torch.dtype = torch.float32,
         kernel: Literal["auto", "torch"] = "auto",
+        counts: Tensor | None = None,
     ) -> None:
         if model_dtype not in _CODES or storage not in (torch.float32, torch.bfloat16):
             raise SteeringError(
@@ -107,7 +109,7 @@ class SiteBank:
             param=zeros(*place, 4, dtype=torch.float32),
             directions=zeros(*place, self.each, width, dtype=storage),
             bounds=zeros(*place, self.each, 2 + self.each, dtype=torch.float32),
-            counts=zeros(max_bound + 1, ops_per_site, 3, dtype=torch.int64),
+            counts=zeros(max_bound + 1, ops_per_site, 3, dtype=torch.int64) if counts is None else counts,
         )
         self.counts = self.tables.counts
         """int64 [max_bound + 1, J, 3], per binding and op: rows that it selected; rows of them where a bound was

@@ -119,7 +119,7 @@ class Bound:
     token_ids: torch.Tensor | None = None
     """Ids of its rows in this pass, when an op outside the banks selects by token."""
     done: int = 0
-    """Rows computed so far, this pass included: positions below this one."""
+    """Rows computed so far, this pass included: positions below this one. `Step.settle` brings it up to date."""
     counted: int = 0
     """Rows computed before this pass."""
     cached: int = 0

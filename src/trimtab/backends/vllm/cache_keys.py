@@ -274,25 +274,22 @@ def _gain(given: Mapping[str, str]) -> Gain:
     return KINDS[given["kind"]](**{name: float.fromhex(value) for name, value in given.items() if name != "kind"})
 
 
-_Frozen: TypeAlias = tuple[tuple[str, str, tuple[tuple[str, str], ...]], ...]
+@lru_cache(maxsize=4096)
+def _blocks(ops: str, prompt_length: int) -> BlockKeys:
+    """Return the keys that requests of one steering and one prompt length share.
 
-
-def _frozen(listed: Any) -> _Frozen:
-    """Return the `ops` of a request's steering so that they can be looked up.
+    Args:
+        ops: JSON text of [[digest, positions, gain], ...].
+        prompt_length: P.
 
     Raises:
-        SteeringError: not of the form that `read_ops` reads.
+        SteeringError: not of that form.
     """
     try:
-        return tuple((str(digest), str(where), tuple(sorted(gain.items()))) for digest, where, gain in listed)
+        listed = [(str(digest), str(where), dict(gain)) for digest, where, gain in json.loads(ops)]
     except (TypeError, ValueError, AttributeError) as error:
-        raise _malformed(listed) from error
-
-
-@lru_cache(maxsize=4096)
-def _blocks(ops: _Frozen, prompt_length: int) -> BlockKeys:
-    """Return the keys that requests of one steering and one prompt length share."""
-    return BlockKeys(read_ops([(digest, where, dict(gain)) for digest, where, gain in ops]), prompt_length)
+        raise _malformed(ops) from error
+    return BlockKeys(read_ops(listed), prompt_length)
 
 
 def _malformed(given: Any) -> SteeringError:
@@ -315,7 +312,7 @@ class _Keys:
             self._salt, steering = given.get("salt"), given.get("steering")
             if steering is None:
                 return
-            self._blocks = _blocks(_frozen(steering["ops"]), request.num_prompt_tokens)
+            self._blocks = _blocks(steering["ops"], request.num_prompt_tokens)
             if request.prompt_embeds is not None and self._blocks.needs_tokens:
                 self._whole = f"steering:{steering['digest']}"
         except (TrimtabError, AttributeError, TypeError, KeyError) as error:

@@ -79,6 +79,7 @@ class SampledRows:
 
     def force(self, tokens: Tensor, ids: Sequence[str | None]) -> Tensor:
         """Return the sampled tokens [requests], those of forced requests replaced."""
+        self._state.step.settle()
         forced = [
             (row, one.data.forced[index])
             for row, one in ((row, self._state.bound.get(req_id or "")) for row, req_id in enumerate(ids))

@@ -118,6 +118,9 @@ class WorkerState:
         if sites.num_layers - 1 in sites.layers:
             here.add(Site.parse("logits"))
         self._numbers = list(range(4 * max_requests, 0, -1))
+        steered = [site for site in self.steered if site in here]
+        places = (len(steered), 4 * max_requests + 1, config.ops_per_site, 3)
+        counts = torch.zeros(places, dtype=torch.int64, device=device)
         self.banks = {
             site: SiteBank(
                 site,
@@ -129,13 +132,13 @@ class WorkerState:
                 device=device,
                 model_dtype=dtype if site.point != "logits" else torch.float32,
                 storage=getattr(torch, config.storage),
+                counts=own,
             )
-            for site in self.steered
-            if site in here
+            for site, own in zip(steered, counts, strict=True)
         }
-        self._counts: dict[Site, Any] = {
-            site: bank.counts.numpy() if device.type == "cpu" else bank.counts for site, bank in self.banks.items()
-        }
+        self._counts: Any = counts.numpy() if device.type == "cpu" else counts
+        """[sites, bindings, J, 3]: what the banks count, in their order."""
+        self._bank_of = {site: index for index, site in enumerate(self.banks)}
         self.step = Step(max_rows, 4 * max_requests, config.keys_per_steering, device)
         over = sites.needs_residual(self.recorded)
         self.residual = torch.zeros(max_rows, sites.hidden_size, dtype=dtype, device=device) if over else None
@@ -329,9 +332,9 @@ class WorkerState:
         one.number, one.shadow = self._numbers.pop(), self._numbers.pop()  # now that nothing can fail
         for number in (one.number, one.shadow):
             self.step.slot_of(number, one.slot)
-        for site, _, _ in one.counted_ops:
-            self._counts[site][one.number] = 0
-            self._counts[site][one.shadow] = 0
+        if one.counted_ops:
+            self._counts[:, one.number] = 0
+            self._counts[:, one.shadow] = 0
         self.bound[req_id] = one
 
     def _reduce(self, one: Bound, capture: CaptureSpec) -> None:
@@ -385,9 +388,10 @@ class WorkerState:
         )
         left.reduce = "" if one.data.capture is None else one.data.capture.reduce
         selected = None if one.table is None else one.table.selected(one.cached, one.done)
+        counts = self._counts[:, one.number].tolist() if one.counted_ops else []
         for site, text, ops in one.counted_ops:
-            counts = self._counts[site][one.number].tolist()
-            for (name, key, clamps), (rows, clamped, nonfinite) in zip(ops, counts, strict=False):
+            own = counts[self._bank_of[site]]
+            for (name, key, clamps), (rows, clamped, nonfinite) in zip(ops, own, strict=False):
                 chosen = None if selected is None else selected[key]
                 left.doses.append(OpCount(text, name, rows, clamped if clamps else None, nonfinite, chosen))
         # where a neighbour in the batch wants both states of a site, both are taken

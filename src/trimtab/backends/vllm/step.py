@@ -98,6 +98,7 @@ class Step:
         self._computed = 0
         self._steady = False
         self._filled = 0
+        self._ahead = 0  # passes that `Bound.done` of the spans does not count yet
         self._last = -1
         self._taps: list[Ints] = []
         self._tap_of: dict[Site, int] = {}
@@ -132,11 +133,19 @@ class Step:
         self._steady = False
 
     def forget(self) -> None:
-        """Have the next pass fill the tables anew: the set of requests has changed."""
+        """Have the next pass fill the tables anew: the set of requests changes."""
+        self.settle()
         self._steady = False
+
+    def settle(self) -> None:
+        """Bring `Bound.done` of the requests of the pass up to date."""
+        for span in self.spans if self._ahead else ():
+            span.bound.done += self._ahead
+        self._ahead = 0
 
     def blank(self) -> None:
         """Let no row be tracked, for passes without tracked requests: device graphs run the taps in them too."""
+        self.settle()
         self.rows.binding[: self._filled].zero_()
         self.rows.n = self._filled = 0
         self._clear()
@@ -167,10 +176,10 @@ class Step:
         if self._steady and total == count and self._batch == req_ids:
             self.shift += 1
             if int(computed.sum()) == self._computed + self.shift * count:
-                for span in self.spans:
-                    span.bound.done += 1
+                self._ahead += 1
                 self._control[0] = self._last >= 0
                 return
+        self.settle()
         self._fill(bound, req_ids, starts, computed, token_ids, total)
         self._batch, self._computed = list(req_ids), int(computed.sum())
         self._steady = total == count and all(_settled(span) for span in self.spans)

@@ -16,7 +16,7 @@ from trimtab.backends.vllm.config import KEY
 from trimtab.backends.vllm.reduced import Kind
 from trimtab.errors import InputError
 
-VERSION = 1
+VERSION = 2
 Dose = Literal["counts", "full"]
 
 
@@ -58,7 +58,7 @@ class RequestData:
         wire = Entry(v=VERSION, id=self.label, dose=self.dose)
         wire.data = self
         if self.digest is not None:
-            wire["steering"] = _steering(self.digest, self.ops)
+            wire["steering"] = {"digest": self.digest, "ops": _ops_text(self.ops)}
         if self.capture is not None:
             wire["capture"] = {
                 "sites": list(self.capture.sites),
@@ -94,9 +94,7 @@ class RequestData:
         return cls(
             label=wire["id"],
             digest=steering["digest"] if steering else None,
-            ops=tuple((one[0], one[1], json.dumps(one[2], sort_keys=True)) for one in steering["ops"])
-            if steering
-            else (),
+            ops=_ops(steering["ops"]) if steering else (),
             capture=CaptureSpec(
                 sites=tuple(capture["sites"]),
                 edit=tuple(capture["edit"]),
@@ -127,8 +125,14 @@ class Entry(dict[str, Any]):
 
 
 @lru_cache(maxsize=1024)
-def _steering(digest: str, ops: tuple[tuple[str, str, str], ...]) -> dict[str, Any]:
-    return {"digest": digest, "ops": [[op, positions, json.loads(gain)] for op, positions, gain in ops]}
+def _ops_text(ops: tuple[tuple[str, str, str], ...]) -> str:
+    """One text for all ops: vLLM walks through every list and mapping of a request's `extra_args`."""
+    return json.dumps([[op, positions, json.loads(gain)] for op, positions, gain in ops], separators=(",", ":"))
+
+
+@lru_cache(maxsize=1024)
+def _ops(text: str) -> tuple[tuple[str, str, str], ...]:
+    return tuple((one[0], one[1], json.dumps(one[2], sort_keys=True)) for one in json.loads(text))
 
 
 def to_bytes(document: Any) -> bytes:

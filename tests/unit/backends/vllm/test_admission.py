@@ -108,7 +108,8 @@ class Engine:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        ours = None if digest is None else {"trimtab": {"v": 1, "id": name, "steering": {"digest": digest, "ops": []}}}
+        steering = {"digest": digest, "ops": "[]"}
+        ours = None if digest is None else {"trimtab": {"v": 2, "id": name, "steering": steering}}
         request = Request(name, [1, 2, 3, 4], SamplingParams(max_tokens=tokens, extra_args=ours), None, **other)
         self.scheduler.add_request(request)
         return request

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,7 +185,7 @@ class Vllm:
 
 def steered(where: str, *, op: str = "a", gain: Gain | None = None, **more: Any) -> dict[str, Any]:
     listed = [[op, where, gain_json(gain or Constant())]]
-    return {"v": 1, "id": "x", "steering": {"digest": f"{op}{where}", "ops": listed}, **more}
+    return {"v": 2, "id": "x", "steering": {"digest": f"{op}{where}", "ops": json.dumps(listed)}, **more}
 
 
 def shared(one: list[bytes], other: list[bytes]) -> int:
@@ -212,7 +213,7 @@ def test_an_unsteered_request_has_the_stock_hashes(vllm: Any) -> None:
         parent = vllm.utils.hash_block_tokens(vllm.function, parent, PROMPT[start : start + 4], None)
         by_hand.append(parent)
     assert vllm.hashes(PROMPT) == by_hand
-    assert vllm.hashes(PROMPT, {"v": 1, "id": "x"}) == by_hand
+    assert vllm.hashes(PROMPT, {"v": 2, "id": "x"}) == by_hand
     assert vllm.hashes(PROMPT, steered("generated")) == by_hand
     salted = vllm.request(PROMPT, steered("all"), cache_salt="s")
     assert ours(salted, 0, 4, 0)[0][0] == ("cache_salt", "s")
@@ -244,12 +245,12 @@ def test_a_prompt_steered_alike_is_shared_across_steerings(vllm: Any) -> None:
 @needs_vllm
 def test_a_salt_separates_a_request_from_its_first_block_on(vllm: Any) -> None:
     plain = vllm.hashes(PROMPT)
-    captured = vllm.hashes(PROMPT, {"v": 1, "id": "x", "salt": "k"})
+    captured = vllm.hashes(PROMPT, {"v": 2, "id": "x", "salt": "k"})
     assert shared(captured, plain) == 0
-    assert captured == vllm.hashes(PROMPT, {"v": 1, "id": "y", "salt": "k"})
-    assert shared(captured, vllm.hashes(PROMPT, {"v": 1, "id": "x", "salt": "other"})) == 0
+    assert captured == vllm.hashes(PROMPT, {"v": 2, "id": "y", "salt": "k"})
+    assert shared(captured, vllm.hashes(PROMPT, {"v": 2, "id": "x", "salt": "other"})) == 0
     assert shared(captured, vllm.hashes(PROMPT, steered("all", salt="k"))) == 0
-    child = vllm.hashes(PROMPT, {"v": 1, "id": "x", "salt": "k"}, name="1_r")
+    child = vllm.hashes(PROMPT, {"v": 2, "id": "x", "salt": "k"}, name="1_r")
     assert shared(captured, child) == 0  # the children of one request do not take each other's rows
     request = vllm.request(PROMPT, steered("all", salt="k"))
     events = vllm.utils.to_event_extra_keys(

@@ -160,7 +160,7 @@ def test_steering_is_read_from_alias_and_xargs_and_current_while_the_request_run
 def test_what_is_refused_never_reaches_the_application(tmp_path: Path) -> None:
     async def work(desk: Desk, workers: Workers, client: Client) -> None:
         app = layer(desk, None)
-        for asked in ("nobody", "one:nan", 5, None, "", [], {"v": 1, "id": "x"}):
+        for asked in ("nobody", "one:nan", 5, None, "", [], {"v": 2, "id": "x"}):
             body = json.dumps({"model": "base", "vllm_xargs": {"trimtab": asked}}).encode()
             status, document, _ = await ask(app, "POST", "/v1/completions", body, JSON)
             assert (status, document["error"]["code"]) == (400, 400)
@@ -333,7 +333,7 @@ def test_a_raw_entry_of_the_wire_form_is_never_believed(tmp_path: Path) -> None:
     """A route that takes sampling parameters whole could carry a digest of the sender's choice."""
 
     async def work(desk: Desk, workers: Workers, client: Client) -> None:
-        for given_entry in ({"v": 1, "id": "x", "steering": {"digest": "00", "ops": []}}, 5, ["one"], None):
+        for given_entry in ({"v": 2, "id": "x", "steering": {"digest": "00", "ops": "[]"}}, 5, ["one"], None):
             with pytest.raises(Refusal):
                 await desk.prepare(given_entry)
 

@@ -304,7 +304,7 @@ def test_a_steering_is_sent_once_however_many_requests_name_it() -> None:
     client = Client(SimpleNamespace(collective_rpc=collective_rpc))
     entries = [client.extra_args(add(number % 2))["trimtab"] for number in range(20)]
     assert asked == ["hello", "register", "register"]
-    assert len({id(entry["steering"]) for entry in entries}) == 2
+    assert len({id(entry["steering"]["ops"]) for entry in entries}) == 2
     assert len({entry["id"] for entry in entries}) == 20
     with pytest.raises(VectorError):
         client.register(Steering({"layers.0.resid_post": [Add(torch.ones(WIDTH + 1))]}))
