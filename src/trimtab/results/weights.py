@@ -91,16 +91,18 @@ class LayerProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FocusLayer:
-    """The layer where one measure changed most, over all directions."""
+    """The layer where one measure changed most beyond what the controls changed: the largest mean of |delta| over the
+    directions minus that over the controls."""
 
     measure: str
     part: str
     layer: int
     value: float
     """Mean of |delta| over the directions there."""
+    control_value: float
+    """Mean of |delta| over the controls there."""
     next_layer: int | None
-    next_value: float | None
-    """The second largest."""
+    """The second; None: there is one layer only."""
     top: tuple[str, ...]
     """Labels of the directions with the largest z there, at most ten."""
 

@@ -222,25 +222,27 @@ def _profiles(found: _Collected, keys: Iterable[Key], kinds: list[Any]) -> Itera
 
 
 def _focus(found: _Collected, settings: Settings) -> Iterable[FocusLayer]:
-    """Find the layer of the largest mean change of each focus measure."""
+    """Find the layer where each focus measure changed most beyond what controls changed."""
     own = [settings.directions.about[place] for place in found.own]
     for part, measure in FOCUS[settings.analysis]:
         grid = found.grids.get((part, measure, 1))
         if grid is None:
             continue
         layers = list(grid["delta"])
-        means = [float(np.abs(grid["delta"][layer]).mean()) for layer in layers]
-        layer, value = peak(means, layers)
+        means = {layer: float(np.abs(grid["delta"][layer]).mean()) for layer in layers}
+        chance = {layer: float(np.abs(found.controls[part, measure, 1][layer]).mean()) for layer in layers}
+        excess = [means[layer] - chance[layer] for layer in layers]
+        layer, _ = peak(excess, layers)
         others = [place for place, one in enumerate(layers) if one != layer]
-        following = peak([means[place] for place in others], [layers[place] for place in others]) if others else None
+        following = peak([excess[place] for place in others], [layers[place] for place in others]) if others else None
         order = np.argsort(-np.nan_to_num(np.abs(grid["z"][layer]), nan=-1.0), kind="stable")
         yield FocusLayer(
             measure=measure,
             part=part,
             layer=layer,
-            value=value,
+            value=means[layer],
+            control_value=chance[layer],
             next_layer=None if following is None else following[0],
-            next_value=None if following is None else following[1],
             top=tuple(own[place].label for place in order[:10]),
         )
 

@@ -87,7 +87,7 @@ def measure_on_ray(settings: Settings, layers: Sequence[int], address: str) -> I
         cause = getattr(error, "cause", None) or error
         said = str(cause).strip().splitlines()
         raise UnfinishedError(
-            f"a machine of the cluster could not measure: {said[-1] if said else type(cause).__name__}; every one needs "
+            f"a machine of the cluster could not measure: {said[-1] if said else type(cause).__name__}; each needs "
             "this package, and the models under the same paths; finished layers are kept"
         ) from error
     finally:
