@@ -69,7 +69,8 @@ def precision_view(result: PrecisionReport) -> PrecisionView:
     return PrecisionView(
         kicker=f"Precision of a {result.architecture} of {result.d_in} to {result.d_sae:,} latents",
         headline=f"{pair}: {'fits' if result.passed else 'does not fit'}",
-        lede=f"{result.reason}. {fmt.count(result.batches, 'batch', 'batches')} of {result.batch_size:,} activations.",
+        lede=f"{result.reason[:1].upper()}{result.reason[1:]}. "
+        f"{fmt.count(result.batches, 'batch', 'batches')} of {result.batch_size:,} activations.",
         passed=result.passed,
         answers=(
             (

@@ -14,7 +14,7 @@ from torch import Tensor
 from trimtab._base.files import atomic_write_text
 from trimtab._base.progress import progress
 from trimtab.errors import InputError, VectorError
-from trimtab.results import to_json
+from trimtab.results import from_json, to_json
 from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation, SAEScore, Splice
 from trimtab.sae._data import UNKNOWN_SITE, Data, opened
 from trimtab.sae._examples import choose, examples_of
@@ -43,7 +43,7 @@ def evaluate(
     splice: bool = True,
     latents: int | Sequence[int] = 12,
     examples: int = 5,
-    precision: Sequence[PrecisionReport] = (),
+    precision: Sequence[PrecisionReport | str | os.PathLike[str]] = (),
     seed: int = 0,
     backend: str = "hf",
     dtype: str = "float32",
@@ -74,7 +74,7 @@ def evaluate(
         splice: measure cross entropy and KL with the reconstruction in the model, which needs texts.
         latents: how many latents to show, spread over the densities, or which.
         examples: strongest firings to show of each.
-        precision: precision reports to show with it.
+        precision: precision reports to show with it, or their JSON files.
         seed: of intervals and samples.
         backend: "hf" or "mock"; vLLM runs no `Edit`.
         dtype: of the model.
@@ -96,6 +96,7 @@ def evaluate(
     """
     named, files = _named(saes)
     where, target = _sites(named, site, target_site)
+    reports = tuple(map(_report, precision))
     options: dict[str, Any] = {"dtype": dtype, "device": device, "batch_size": batch_size}
     asked = Data(
         data=data,
@@ -134,7 +135,7 @@ def evaluate(
             seed=seed,
             scores=tuple(scores),
             matched=matched(scores),
-            precision=tuple(precision),
+            precision=reports,
             path="" if out is None else str(out),
             warnings=_warnings(rows, spliced, splice),
         )
@@ -262,6 +263,15 @@ def _score(
         latents=shown,
         warnings=tuple(warnings),
     )
+
+
+def _report(one: PrecisionReport | str | os.PathLike[str]) -> PrecisionReport:
+    if isinstance(one, PrecisionReport):
+        return one
+    try:
+        return from_json(PrecisionReport, Path(one).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{os.fspath(one)} cannot be read: {error}") from error
 
 
 def _warnings(rows: EvaluationSet, spliced: Mapping[str, Splice], splice: bool) -> tuple[str, ...]:

@@ -6,4 +6,5 @@ HELP = "Sparse autoencoders: train in mixed precision, evaluate, export."
 VERBS = {
     "eval": "Evaluate autoencoders on one fixed set: FVU, L0, what the model loses, dead latents, examples.",
     "export": "Write an autoencoder in SAELens's format, or one latent as a steering.",
+    "precision": "Measure what a precision would do to the tensors of a training, before it.",
 }

@@ -25,6 +25,7 @@ def eval(
     latents: int = 12,
     latent: Annotated[tuple[int, ...], Parameter(negative="", consume_multiple=True)] = (),
     examples: int = 5,
+    precision: Annotated[tuple[Path, ...], Parameter(negative="", consume_multiple=True)] = (),
     seed: int = 0,
     model: Annotated[str, Parameter(alias="-m")] = "testbed",
     dtype: Dtype = "float32",
@@ -50,6 +51,7 @@ def eval(
         latents: how many latents to show, spread over their densities.
         latent: latents to show instead, by number.
         examples: strongest firings to show of each.
+        precision: JSON files of sae precision, to show with it.
         seed: of intervals and samples.
         model: a directory, a hub id, or "testbed" for the embedded model.
         dtype: the model's dtype.
@@ -66,6 +68,7 @@ def eval(
         "splice": (splice, True),
         "latents": (list(latent) or latents, 12),
         "examples": (examples, 5),
+        "precision": (list(precision), []),
         "seed": (seed, 0),
         "model": (model, "testbed"),
         "dtype": (dtype, "float32"),
