@@ -153,6 +153,7 @@ class LayerMath:
                     yield Response(name, normed, outputs[name])
         if down in wanted:
             inputs = activate(self._block, outputs.get(gate), outputs[up])
+            outputs.clear()
             yield Response(down, inputs, self._block.linear(down, inputs))
 
     def _require(self, names: Collection[str]) -> None:

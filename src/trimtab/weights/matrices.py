@@ -72,20 +72,23 @@ def compare_matrices(
     if base.shape != tuned.shape:
         raise InputError(f"matrices of shape {list(base.shape)} and {list(tuned.shape)}; one shape was expected")
     base_square, tuned_square, inner = _sums(base, tuned)
-    change = tuned.to(torch.float32) - base.to(torch.float32) if base.dtype != torch.float64 else tuned - base
+    wide = torch.promote_types(torch.promote_types(base.dtype, tuned.dtype), torch.float32)
+    change = tuned.to(wide) - base.to(wide)
+    change_norm = frobenius(change)
     cosine = inner / math.sqrt(base_square * tuned_square) if base_square and tuned_square else 0.0
     return MatrixChange(
         base_norm=math.sqrt(base_square),
         tuned_norm=math.sqrt(tuned_square),
-        change_norm=frobenius(change),
+        change_norm=change_norm,
         cosine=1.0 if base_square == tuned_square == 0 else max(-1.0, min(1.0, cosine)),
-        spectrum=spectrum(change.reshape(len(change), -1), rank=rank, seed=seed),
+        spectrum=_spectrum(change.reshape(len(change), -1), change_norm, rank, seed),
     )
 
 
 def frobenius(matrix: Tensor) -> float:
     """Return the Frobenius norm, accumulated in float64."""
-    return math.sqrt(_sums(matrix, matrix)[0])
+    pieces = torch.split(matrix.reshape(-1), _CHUNK)
+    return math.sqrt(sum(torch.linalg.vector_norm(piece, dtype=torch.float64).square().item() for piece in pieces))
 
 
 def _sums(a: Tensor, b: Tensor) -> tuple[float, float, float]:
@@ -114,11 +117,15 @@ def spectrum(matrix: Float[Tensor, "out in"], *, rank: int = 32, seed: int = 0) 
     Raises:
         InputError: the rank is not positive.
     """
+    return _spectrum(matrix, frobenius(matrix), rank, seed)
+
+
+def _spectrum(matrix: Tensor, norm: float, rank: int, seed: int) -> Spectrum:
+    """Decompose a matrix of known Frobenius norm."""
     if rank < 1:
         raise InputError(f"rank {rank}; 1 or more singular values were expected")
-    total = _sums(matrix, matrix)[0]
     width = rank + _OVERSAMPLE
-    if total == 0:
+    if norm == 0:
         return _exact(torch.zeros(min(rank, *matrix.shape), dtype=torch.float64), rank)
     if min(matrix.shape) <= 2 * width:
         return _exact(torch.linalg.svdvals(matrix.to(torch.float64)), rank)
@@ -129,7 +136,7 @@ def spectrum(matrix: Float[Tensor, "out in"], *, rank: int = 32, seed: int = 0) 
     probes = torch.randn(matrix.shape[1], _PROBES, generator=generator).to(matrix)
     missed = _outside(basis, matrix @ probes)
     fourth, deviation = _fourth_power(matrix, basis, small, values, missed)
-    effective = total**2 / fourth
+    effective = norm**4 / fourth
     return Spectrum(
         singular_values=tuple(values[:rank].tolist()),
         error=_error(matrix, basis, small, missed),
