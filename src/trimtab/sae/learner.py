@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from trimtab.errors import InputError
+from trimtab.sae import fast
 from trimtab.sae._begin import first_parameters
 from trimtab.sae.architectures import FUNCTIONS, Scene, Split, Terms
 from trimtab.sae.config import OptimConfig, SAEConfig
@@ -114,6 +115,8 @@ class Learner:
         self._forward, self._latents = FUNCTIONS[config.architecture]
         if compile:
             self._forward = torch.compile(self._forward)
+        self.fast = not compile
+        """Whether the compiled passes of a CPU are used where they know how; the general form is their reference."""
         self._split = split
         self.own = slice(0, config.d_sae) if split is None else split.own(config.d_sae)
         """The latents that this process holds."""
@@ -149,8 +152,13 @@ class Learner:
     ) -> Computed:
         """Return losses and gradients of a batch; nothing moves. `watch` is told of activations by name."""
         coefficient = self._coefficient()
+        self._needs(target)
+        scene = self._scene(self._parameters, x, target, coefficient, watch)
+        if self.fast and fast.fits(scene):
+            terms, gradients = fast.differentiate(scene)
+            return Computed(_figures(terms, len(x)), gradients, terms.fired, len(x), coefficient, terms.cut)
         leaves = {name: value.detach().requires_grad_() for name, value in self._parameters.items()}
-        terms = self._terms(leaves, x, target, coefficient, watch=watch)
+        terms = self._forward(replace(scene, parameters=leaves))
         scaled = (terms.recon + terms.sparsity + terms.aux) * self.scales.loss
         found = torch.autograd.grad(scaled, list(leaves.values()), allow_unused=True)
         gradients = {
@@ -169,8 +177,7 @@ class Learner:
         if skipped:
             self._updater.steps += 1
         else:
-            self._updater.step(computed.gradients, lr=lr, norm=norm)
-            self._refresh()
+            self._updater.step(computed.gradients, self._low, lr=lr, norm=norm)
         self._silent = torch.where(computed.fired > 0, 0, self._silent + computed.tokens)
         if computed.cut is not None:
             self._follow(computed.cut)
@@ -188,8 +195,9 @@ class Learner:
     def losses(self, x: Tensor, target: Tensor | None = None) -> StepLosses:
         """Return the losses of a batch as the next step would see it; nothing moves."""
         coefficient = self._coefficient()
+        self._needs(target)
         with torch.no_grad():
-            terms = self._terms(self._parameters, x, target, coefficient)
+            terms = self._forward(self._scene(self._parameters, x, target, coefficient))
         return StepLosses(
             step=self.steps,
             **_figures(terms, len(x)),
@@ -314,7 +322,8 @@ class Learner:
                 problems.append(f"{name}: the gradient is {'0 everywhere' if finite else 'not finite'}")
         if not self.config.is_topk:
             leaves = {name: value.detach().requires_grad_() for name, value in self._parameters.items()}
-            sparsity = self._terms(leaves, x, target, max(self.config.sparsity_coefficient, 1.0)).sparsity
+            scene = self._scene(leaves, x, target, max(self.config.sparsity_coefficient, 1.0))
+            sparsity = self._forward(scene).sparsity
             reached = (
                 torch.autograd.grad(sparsity * self.scales.loss, list(leaves.values()), allow_unused=True)
                 if sparsity.requires_grad
@@ -333,18 +342,9 @@ class Learner:
         factor = 1.0 if self._control is None else self._control.factor
         return self.config.sparsity_coefficient * sparsity_factor(self.optim, self.steps) * factor
 
-    def _terms(
-        self,
-        parameters: Mapping[str, Tensor],
-        x: Tensor,
-        target: Tensor | None,
-        coefficient: float,
-        *,
-        watch: Callable[[str, Tensor], None] | None = None,
-    ) -> Terms:
+    def _needs(self, target: Tensor | None) -> None:
         if target is None and self.config.output != self.config.d_in:
             raise InputError(f"the target of a transcoder is missing; [batch, {self.config.output}] was expected")
-        return self._forward(self._scene(parameters, x, target, coefficient, watch))
 
     def _scene(
         self,
@@ -400,9 +400,9 @@ class Learner:
         return cut.expand(len(self._silent)).clone()
 
     def _refresh(self) -> None:
-        """Make the low-precision copies of the weights, once per step."""
+        """Make the low-precision copies of the weights; where the dtype is that of storage they are the weights."""
         for name in ("W_enc", "W_dec"):
-            self._low[name] = self._parameters[name].detach().to(self.precision.compute)
+            self._low[name] = self._parameters[name].to(self.precision.compute)
 
     def _follow(self, cut: Tensor) -> None:
         """Let the threshold used after training follow the smallest latent that was kept."""

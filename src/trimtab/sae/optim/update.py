@@ -13,9 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.sae._threads import array, kernels, share
 from trimtab.sae.config import OptimConfig
 from trimtab.sae.precision import Precision
 from trimtab.sae.scaling import Scales
@@ -56,15 +58,15 @@ class Updater:
         """Return the length of the unscaled gradient; not finite when an element is not."""
         total = 0.0
         for name, gradient in gradients.items():
-            length = float(gradient.to(self._wide).norm())
-            total += (length * (self._scales.of(name) / self._scales.loss)) ** 2
+            total += _square(gradient) * (self._scales.of(name) / self._scales.loss) ** 2
         return math.sqrt(total)
 
-    def step(self, gradients: Mapping[str, Tensor], *, lr: float, norm: float) -> None:
-        """Move the parameters.
+    def step(self, gradients: Mapping[str, Tensor], low: Mapping[str, Tensor], *, lr: float, norm: float) -> None:
+        """Move the parameters, and their low-precision copies with them.
 
         Args:
-            gradients: of the stored parameters.
+            gradients: of the stored parameters; weights may have another float dtype.
+            low: copies by name; one that is the parameter itself moves as it does.
             lr: rate in unscaled units.
             norm: what `norm` said of the gradients; clipping goes by it.
         """
@@ -72,28 +74,85 @@ class Updater:
         optim = self._optim
         clipped = 1.0 if optim.clip is None or norm <= optim.clip else optim.clip / norm
         for name, parameter in self._parameters.items():
-            gradient = gradients[name].to(self._wide) * clipped
-            moved = parameter.to(self._wide)
-            held = name == "W_dec" and optim.decoder_norm == "unit"
-            if held:
-                along = (moved * gradient).sum(1, keepdim=True) / moved.square().sum(1, keepdim=True)
-                gradient = gradient - along * moved
-            moved = moved - self._change(name, gradient, lr)
-            if held:
-                moved = moved * (self._length / moved.norm(dim=1, keepdim=True))
+            length = self._length if name == "W_dec" and optim.decoder_norm == "unit" else 0.0
+            copy = low.get(name, parameter)
+            move = self._compiled if _compilable(parameter, gradients[name], copy) else self._plain
+            move(name, gradients[name], copy, clipped, length, self._rates(name, lr))
             if name == "threshold":
-                moved = moved.clamp(min=self._scales.map_parameter(name, SMALLEST_THRESHOLD))
-            parameter.copy_(moved)
+                parameter.clamp_(min=self._scales.map_parameter(name, SMALLEST_THRESHOLD))
 
-    def _change(self, name: str, gradient: Tensor, lr: float) -> Tensor:
+    def _rates(self, name: str, lr: float) -> tuple[float, float, float]:
+        """Return rate, root and eps of `p -= rate m / (sqrt(v) root + eps)`."""
         optim, t = self._optim, self.steps
         rate, eps = self._scales.map_lr(name, lr), self._scales.map_eps(name, optim.eps)
-        second = self.second[name].to(self._wide).mul_(optim.beta2).addcmul_(gradient, gradient, value=1 - optim.beta2)
-        self.second[name].copy_(second)
         whole = math.sqrt(1 - optim.beta2**t)
         if optim.optimizer == "rmsprop":
-            return gradient * (rate * whole) / (second.sqrt() + eps * whole)
-        if self.first:
+            return rate * whole, 1.0, eps * whole
+        return rate / (1 - optim.beta1**t), 1 / whole, eps
+
+    def _plain(
+        self,
+        name: str,
+        gradient: Tensor,
+        copy: Tensor,
+        clipped: float,
+        length: float,
+        rates: tuple[float, float, float],
+    ) -> None:
+        """Move one parameter with torch: any device, any storage; arithmetic in the wide dtype."""
+        parameter, optim = self._parameters[name], self._optim
+        moved, gradient = parameter.to(self._wide), gradient.to(self._wide) * clipped
+        rate, root, eps = rates
+        if length:
+            along = (moved * gradient).sum(1, keepdim=True) / moved.square().sum(1, keepdim=True)
+            gradient = gradient - along * moved
+        second = self.second[name].to(self._wide).mul_(optim.beta2).addcmul_(gradient, gradient, value=1 - optim.beta2)
+        self.second[name].copy_(second)
+        if name in self.first:
             gradient = self.first[name].to(self._wide).mul_(optim.beta1).add_(gradient, alpha=1 - optim.beta1)
             self.first[name].copy_(gradient)
-        return gradient * (rate / (1 - optim.beta1**t)) / (second.sqrt() / whole + eps)
+        moved = moved - gradient * rate / (second.sqrt() * root + eps)
+        if length:
+            moved = moved * (length / moved.norm(dim=1, keepdim=True))
+        parameter.copy_(moved)
+        if copy is not parameter:
+            copy.copy_(parameter)
+
+    def _compiled(
+        self,
+        name: str,
+        gradient: Tensor,
+        copy: Tensor,
+        clipped: float,
+        length: float,
+        rates: tuple[float, float, float],
+    ) -> None:
+        """Move one parameter in one pass over its rows."""
+        parameter = self._parameters[name]
+        rows = parameter if parameter.ndim == 2 else parameter[None]
+        none = rows.new_empty(0, rows.shape[1])
+        first = self.first[name].view_as(rows) if name in self.first else none
+        optim = self._optim
+        number = array(rows).dtype.type
+        scalars = [number(one) for one in (clipped, optim.beta1, optim.beta2, *rates, length)]
+        low = none if copy is parameter else copy.view_as(rows)
+        tensors = (rows, gradient.view_as(rows), first, self.second[name].view_as(rows), low)
+        share(kernels().adam_rows, len(rows), *map(array, tensors), *scalars)
+
+
+def _compilable(parameter: Tensor, gradient: Tensor, copy: Tensor) -> bool:
+    wide = (torch.float32, torch.float64)
+    narrow = all(one.dtype in (*wide, torch.bfloat16) for one in (gradient, copy))
+    return parameter.device.type == "cpu" and parameter.dtype in wide and narrow and gradient.is_contiguous()
+
+
+def _square(values: Tensor) -> float:
+    """Return the sum of squares, in float64."""
+    if values.device.type != "cpu" or values.dtype == torch.float16:
+        return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
+    flat = array(values.reshape(-1))
+    part = max(1 << 16, -(-flat.size // 64))
+    starts = range(0, flat.size, part)
+    sums = np.zeros(len(starts))
+    share(kernels().squares_of, len(starts), flat, sums, part, least=1)
+    return float(sums.sum())
