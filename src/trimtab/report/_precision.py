@@ -33,6 +33,7 @@ class Bar:
     y: float
     x: float
     width: float
+    """0: all its elements are 0."""
     dot: float
     """Its rms."""
     tone: str
@@ -149,7 +150,7 @@ def _bar(index: int, one: TensorRange) -> Bar:
         name=one.name,
         y=index * ROW + ROW / 2,
         x=left,
-        width=max(2.0, right - left),
+        width=max(2.0, right - left) if one.absmax else 0.0,
         dot=place(one.rms),
         tone="bad" if lost else "warn" if one.underflow > 0.01 else "good",
         title=f"{one.name}: {fmt.number(one.absmin)} to {fmt.number(one.absmax)}, rms {fmt.number(one.rms)}",
