@@ -14,6 +14,7 @@ from trimtab.results.stress import Stress
 from trimtab.results.training import TRAINING_KINDS
 from trimtab.results.triage import Triage
 from trimtab.results.vectors_clean import VectorComparison
+from trimtab.results.weights import WeightsAnalysis
 
 
 class Kind(NamedTuple):
@@ -34,6 +35,7 @@ KINDS: dict[str, Kind] = {
     "stress": Kind(Stress, "_stress:render_text", "_stress:render"),
     "sae_evaluation": Kind(SAEEvaluation, "_sae:render_text", "_sae:render"),
     "precision_report": Kind(PrecisionReport, "_precision:render_text", "_precision:render"),
+    "weights": Kind(WeightsAnalysis, "_weights:render_text", "_weights:render"),
     **{kind: Kind(result, "_training:render", "_training:render_html") for kind, result in TRAINING_KINDS.items()},
 }
 """By the `kind` that their JSON documents give; a comparison gives none."""

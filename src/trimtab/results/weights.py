@@ -92,7 +92,7 @@ class LayerProfile:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FocusLayer:
     """The layer where one measure changed most beyond what the controls changed: the largest mean of |delta| over the
-    directions minus that over the controls."""
+    directions minus that over the controls; where that is above 0 nowhere, the largest mean."""
 
     measure: str
     part: str

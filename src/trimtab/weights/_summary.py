@@ -232,6 +232,8 @@ def _focus(found: _Collected, settings: Settings) -> Iterable[FocusLayer]:
         means = {layer: float(np.abs(grid["delta"][layer]).mean()) for layer in layers}
         chance = {layer: float(np.abs(found.controls[part, measure, 1][layer]).mean()) for layer in layers}
         excess = [means[layer] - chance[layer] for layer in layers]
+        if max(excess) <= 0:  # directions changed no more than controls: where all changed most
+            excess = list(means.values())
         layer, _ = peak(excess, layers)
         others = [place for place, one in enumerate(layers) if one != layer]
         following = peak([excess[place] for place in others], [layers[place] for place in others]) if others else None
