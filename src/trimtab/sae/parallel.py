@@ -123,7 +123,14 @@ class Parallel:
         if self._mesh is None or self.latents == 1:
             return local
         mesh = self._mesh["latents"]
-        return DTensor.from_local(local.to(mesh.device_type), mesh, [Shard(dim)], run_check=False).full_tensor().cpu()
+        length = torch.tensor(local.shape[dim], device=mesh.device_type)
+        dist.all_reduce(length, group=mesh.get_group())
+        shape = torch.Size([*local.shape[:dim], int(length), *local.shape[dim + 1 :]])
+        stride = torch.empty(shape, device="meta").stride()
+        placed = DTensor.from_local(
+            local.to(mesh.device_type).contiguous(), mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
+        )
+        return placed.full_tensor().cpu()
 
     def state(self, learner: Learner) -> dict[str, Tensor]:
         """Return the whole state of a learner."""

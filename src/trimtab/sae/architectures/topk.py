@@ -32,7 +32,7 @@ def auxiliary(scene: Scene, active: Tensor, error: Tensor) -> Tensor:
         active: [batch, d_sae] latents before the selection.
         error: [batch, d_out] target less reconstruction; it gets no gradient.
     """
-    if scene.dead is None or not (scene.dead.any() or scene.split is not None):
+    if scene.dead is None or not scene.whole(scene.dead.any().float()):
         return scene.zero
     chosen = largest(scene, torch.where(scene.dead, active, 0), scene.config.dead_k)
     left = error.detach()

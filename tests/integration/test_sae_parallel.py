@@ -1,0 +1,131 @@
+"""Training on several processes (gloo) is the training on one, up to the order of sums.
+
+Tolerance: float32 sums of a step differ in their order, by about sqrt(terms) u = 1e-6 of the largest; Adam without a
+first moment divides a gradient by its own size, so that elements near 0 turn such a difference into a step of another
+sign, a learning rate each. After 20 steps of at most 3e-3 figures agree within 2e-3 and parameters within 1e-2 of their
+norm; a missing sum, a local instead of a global TopK, or a mean over the wrong number of tokens is far outside.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+
+from tests.integration.sae_parallel import KINDS, train
+from trimtab.results import from_json
+from trimtab.results.sae import SAERun, SAEStepLine
+
+FIGURES, WEIGHTS = 2e-3, 1e-2
+FIRST = 2e-6
+"""Of the first step, before anything has moved: the order of sums alone."""
+
+
+def launch(processes: int, folder: Path, jobs: list[dict[str, Any]]) -> None:
+    """Run the jobs in so many processes."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    environment = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes)}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.integration.sae_parallel", str(folder), json.dumps(jobs)],
+            cwd=Path(__file__).parents[2],
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    failed = [f"rank {rank}: {one.communicate(timeout=300)[1][-2000:]}" for rank, one in enumerate(running)]
+    assert not any(one.returncode for one in running), "\n".join(failed)
+
+
+def lines(folder: Path) -> list[SAEStepLine]:
+    return [from_json(SAEStepLine, line) for line in (folder / "sae" / "steps.jsonl").read_text().splitlines()]
+
+
+def assert_same_training(found: Path, expected: Path) -> None:
+    mine, other = lines(found), lines(expected)
+    assert len(mine) == len(other)
+    for one, wanted in zip(mine, other, strict=True):
+        tolerance = FIRST if one.step == 1 else FIGURES
+        for name in ("loss", "recon", "l0", "sparsity", "aux", "grad_norm", "coefficient", "dead"):
+            assert getattr(one, name) == pytest.approx(getattr(wanted, name), rel=tolerance, abs=tolerance), (
+                f"{name} at step {one.step}"
+            )
+    for name, value in other[-1].statistics.items():
+        if "mean" not in name and "grad" not in name:
+            assert mine[-1].statistics[name] == pytest.approx(value, rel=1e-2, abs=1e-3), name
+    weights = [safetensors.torch.load_file(one / "sae" / "sae_weights.safetensors") for one in (found, expected)]
+    for name, value in weights[1].items():
+        assert weights[0][name].shape == value.shape
+        assert float((weights[0][name] - value).norm()) <= WEIGHTS * float(value.norm()) + 1e-6, name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Every kind in one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    for kind in KINDS:
+        train(kind, folder / kind, 1)
+    return folder
+
+
+FEW = ("jumprelu", "topk", "batchtopk", "matryoshka-jumprelu")
+
+
+def jobs(kinds: Iterable[str], layouts: list[int]) -> list[dict[str, Any]]:
+    return [{"kind": kind, "name": f"{kind}-{latents}", "latents": latents} for kind in kinds for latents in layouts]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Some kinds in two processes, that share tokens and that share latents; then some that stop and go on."""
+    folder = tmp_path_factory.mktemp("two")
+    resumed = [
+        {"kind": "jumprelu", "name": "resumed", "latents": 2, "settings": {"early_exit": 10}},
+        {"kind": "jumprelu", "name": "resumed", "latents": 1},
+    ]
+    launch(2, folder, [*jobs(FEW, [1, 2]), *resumed])
+    return folder
+
+
+@pytest.mark.parametrize("latents", [1, 2], ids=["tokens", "latents"])
+@pytest.mark.parametrize("kind", FEW)
+def test_two_processes_train_as_one(kind: str, latents: int, alone: Path, two: Path) -> None:
+    assert_same_training(two / f"{kind}-{latents}", alone / kind)
+
+
+def test_a_run_goes_on_with_its_processes_arranged_otherwise(alone: Path, two: Path) -> None:
+    run = from_json(SAERun, (two / "resumed" / "run.json").read_text())
+    assert (run.resumed, run.processes, run.steps) == (1, 2, 20)
+    found, expected = lines(two / "resumed"), lines(alone / "jumprelu")
+    for one, wanted in zip(found, expected, strict=True):
+        assert one.recon == pytest.approx(wanted.recon, rel=FIGURES), one.step
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("latents", [1, 2], ids=["tokens", "latents"])
+def test_two_processes_train_the_other_kinds_as_one(latents: int, alone: Path, tmp_path: Path) -> None:
+    others = [kind for kind in KINDS if kind not in FEW]
+    launch(2, tmp_path, jobs(others, [latents]))
+    for kind in others:
+        assert_same_training(tmp_path / f"{kind}-{latents}", alone / kind)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("latents", [1, 2, 4], ids=["tokens", "both", "latents"])
+def test_four_processes_train_as_one(latents: int, alone: Path, tmp_path: Path) -> None:
+    launch(4, tmp_path, jobs(KINDS, [latents]))
+    for kind in KINDS:
+        assert_same_training(tmp_path / f"{kind}-{latents}", alone / kind)
