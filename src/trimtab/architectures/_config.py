@@ -6,9 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import transformers
 from torch import Tensor
-from transformers.activations import ACT2FN
 
 from trimtab.architectures._family import Config, Family
 from trimtab.architectures._registry import FAMILIES
@@ -34,6 +32,8 @@ def read_config(folder: str | Path) -> SavedConfig:
     Raises:
         InputError: it cannot be read, or the model is of no known family.
     """
+    import transformers  # here, because describing a model that is there needs none of its seconds
+
     try:
         top: Any = transformers.AutoConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -56,6 +56,8 @@ def activation(name: str) -> Callable[[Tensor], Tensor]:
     Raises:
         InputError: transformers knows no such function.
     """
+    from transformers.activations import ACT2FN
+
     if name not in ACT2FN:
         raise InputError(f"activation {name!r} is unknown to transformers")
     return ACT2FN[name]  # type: ignore[no-any-return]

@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from trimtab.architectures._family import Config, Sizes
 from trimtab.errors import InputError
@@ -42,6 +41,8 @@ def rotary(config: Config, layer: int, *, length: int = 1) -> Rotary:
         width = int(Sizes.of(config).head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, width, 2, dtype=torch.int64).float() / width
         return Rotary(1.0 / (parameters["rope_theta"] ** exponents), 1.0)
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     if form not in ROPE_INIT_FUNCTIONS:
         raise InputError(f"rotary scaling {form!r} is unknown; known: {', '.join(sorted(ROPE_INIT_FUNCTIONS))}")
     keywords = {} if kind is None else {"layer_type": kind}
