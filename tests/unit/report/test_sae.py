@@ -27,7 +27,7 @@ def test_the_answers_are_of_the_best_one() -> None:
     answers = {
         question: (short, detail, tone) for question, short, detail, tone in _sae.view(factory.evaluation()).answers
     }
-    assert answers["What is left unexplained?"][:2] == ["FVU 0.0145", "jump-40: 0.0138 to 0.0152, at L0 41.6"]
+    assert answers["What is left unexplained?"][:2] == ("FVU 0.0145", "jump-40: 0.0138 to 0.0152, at L0 41.6")
     assert answers["What does the model lose?"][0] == "+0.00363 nats"
     assert answers["Are its latents alive?"][0] == "6.2 % dead"
     assert "32 of 512 never fire, so their densities are under 5e-4" in answers["Are its latents alive?"][1]
