@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from trimtab.sae.checking import check_precision as check_precision
     from trimtab.sae.config import OptimConfig as OptimConfig
     from trimtab.sae.config import SAEConfig as SAEConfig
+    from trimtab.sae.data import Stream as Stream
+    from trimtab.sae.data import StreamConfig as StreamConfig
     from trimtab.sae.evaluation import evaluate as evaluate
     from trimtab.sae.files import load as load
     from trimtab.sae.files import save as save
@@ -29,18 +31,28 @@ if TYPE_CHECKING:
     from trimtab.sae.scaling import Scales as Scales
     from trimtab.sae.synthetic import SparseDictionary as SparseDictionary
     from trimtab.sae.synthetic import recovery as recovery
+    from trimtab.sae.train import Plan as Plan
+    from trimtab.sae.train import SAESettings as SAESettings
+    from trimtab.sae.train import TrainConfig as TrainConfig
+    from trimtab.sae.train import train as train
+    from trimtab.sae.train import train_stream as train_stream
 
 _WHERE = {
     "LatentVector": "latents",
     "Learner": "learner",
     "OptimConfig": "config",
+    "Plan": "train",
     "Precision": "precision",
     "SAE": "model",
     "SAEConfig": "config",
+    "SAESettings": "train",
     "Scales": "scaling",
     "SelfTest": "learner",
     "SparseDictionary": "synthetic",
     "StepLosses": "learner",
+    "Stream": "data",
+    "StreamConfig": "data",
+    "TrainConfig": "train",
     "check_precision": "checking",
     "evaluate": "evaluation",
     "export": "latents",
@@ -49,6 +61,8 @@ _WHERE = {
     "precision_report": "ranges",
     "recovery": "synthetic",
     "save": "files",
+    "train": "train",
+    "train_stream": "train",
 }
 
 __all__ = [
@@ -56,12 +70,17 @@ __all__ = [
     "LatentVector",
     "Learner",
     "OptimConfig",
+    "Plan",
     "Precision",
     "SAEConfig",
+    "SAESettings",
     "Scales",
     "SelfTest",
     "SparseDictionary",
     "StepLosses",
+    "Stream",
+    "StreamConfig",
+    "TrainConfig",
     "check_precision",
     "evaluate",
     "export",
@@ -70,6 +89,8 @@ __all__ = [
     "precision_report",
     "recovery",
     "save",
+    "train",
+    "train_stream",
 ]
 
 

@@ -76,13 +76,13 @@ def limited(size: int) -> Iterator[None]:
 
 def stopping(stop: int, sent: signal.Signals = signal.SIGTERM) -> Callable[[Any], None]:
     """Send this process a signal in the middle of a step."""
-    return lambda lines: os.kill(os.getpid(), sent) if lines[0].step == stop else None
+    return lambda line: os.kill(os.getpid(), sent) if line.step == stop else None
 
 
 def run_in_pieces(out: Path, plans: Plan | list[Plan], stops: list[int]) -> SAERun:
     for stop in stops:
         with pytest.raises(UnfinishedError):
-            train_stream(plans, stream(), config(), out=out, on_step=stopping(stop))
+            train_stream(plans, stream(), config(), out=out, on_line=stopping(stop))
     return train_stream(plans, stream(), config(), out=out)
 
 
@@ -124,12 +124,12 @@ def test_two_deterministic_runs_have_the_same_bits_and_another_seed_has_not(tmp_
 def test_a_signal_finishes_the_step_saves_and_the_same_call_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
     before = signal.getsignal(sent)
     with pytest.raises(UnfinishedError, match=f"{sent.name} received after 7 of 24 steps; the state is saved"):
-        train_stream(plan(), stream(), config(save_every=0), out=tmp_path / "a", on_step=stopping(7, sent))
+        train_stream(plan(), stream(), config(save_every=0), out=tmp_path / "a", on_line=stopping(7, sent))
     assert signal.getsignal(sent) == before
     assert not (tmp_path / "a" / "run.json").exists()
     seen: list[int] = []
     train_stream(
-        plan(), stream(), config(save_every=0), out=tmp_path / "a", on_step=lambda lines: seen.append(lines[0].step)
+        plan(), stream(), config(save_every=0), out=tmp_path / "a", on_line=lambda line: seen.append(line.step)
     )
     assert seen == [*range(8, STEPS + 1)]
     train_stream(plan(), stream(), config(save_every=0), out=tmp_path / "b")
@@ -140,7 +140,7 @@ def test_lines_beyond_the_checkpoint_are_written_again(tmp_path: Path) -> None:
     """A killed process has lines of steps that its checkpoint does not know, the last of them perhaps cut."""
     train_stream(plan(), stream(), config(), out=tmp_path / "whole")
     with pytest.raises(UnfinishedError):
-        train_stream(plan(), stream(), config(), out=tmp_path / "a", on_step=stopping(10))
+        train_stream(plan(), stream(), config(), out=tmp_path / "a", on_line=stopping(10))
     lines = tmp_path / "a" / "sae" / "steps.jsonl"
     ahead = (tmp_path / "whole" / "sae" / "steps.jsonl").read_bytes().splitlines(keepends=True)[10:13]
     lines.write_bytes(lines.read_bytes() + b"".join(ahead)[:-40])
@@ -156,7 +156,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path: Path) -> None:
 
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path: Path) -> None:
     with pytest.raises(UnfinishedError):
-        train_stream(plan(), stream(), config(), out=tmp_path, on_step=stopping(6))
+        train_stream(plan(), stream(), config(), out=tmp_path, on_line=stopping(6))
     kept = {one: one.read_bytes() for one in (tmp_path / "checkpoints").iterdir()}
     with (
         pytest.raises(UnfinishedError, match=r"checkpoint of step 10 cannot be written .*step-000000006.* stays"),
@@ -171,7 +171,7 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(tmp_path: Path) -> No
 
 def test_a_finished_run_is_read_and_not_repeated(tmp_path: Path) -> None:
     first = train_stream(plan(), stream(), config(), out=tmp_path)
-    again = train_stream(plan(), stream(), config(), out=tmp_path, on_step=lambda lines: pytest.fail("trained again"))
+    again = train_stream(plan(), stream(), config(), out=tmp_path, on_line=lambda line: pytest.fail("trained again"))
     assert again == first
 
 

@@ -7,4 +7,5 @@ VERBS = {
     "eval": "Evaluate autoencoders on one fixed set: FVU, L0, what the model loses, dead latents, examples.",
     "export": "Write an autoencoder in SAELens's format, or one latent as a steering.",
     "precision": "Measure what a precision would do to the tensors of a training, before it.",
+    "train": "Train autoencoders or transcoders on the activations of a model, a trace or a synthetic dictionary.",
 }

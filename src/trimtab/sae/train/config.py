@@ -94,11 +94,7 @@ class Plan:
     def __post_init__(self) -> None:
         safe_name(self.name, "the SAE's name")
         self.optim.check(self.config)
-        if self.precision.compute is torch.float16 and not self.adam_trick:
-            raise RecipeError(
-                f"{self.precision}: float16 gradients underflow without scales; add adam_trick (--adam-trick), or "
-                "compute in bf16"
-            )
+        _check_scaled(self.precision, self.adam_trick)
 
     def check(self, widths: Mapping[str, int]) -> None:
         """Refuse sites that the stream does not have, or whose width is not the SAE's.
@@ -193,7 +189,7 @@ class SAESettings:
     """Scale operands and gradients by powers of two; fp16 needs it."""
 
     def __post_init__(self) -> None:
-        Precision.parse(self.dtype, self.lower_dtype)
+        _check_scaled(Precision.parse(self.dtype, self.lower_dtype), self.adam_trick)
         if self.expansion < 1:
             raise RecipeError(f"expansion is {self.expansion}; at least 1 was expected")
 
@@ -234,6 +230,13 @@ class SAESettings:
         same = {name: getattr(self, name) for name in _SAME}
         width = d_sae or self.expansion * d_in
         return SAEConfig(d_in=d_in, d_out=d_out, d_sae=width, sparsity_coefficient=self.sparsity_coeff, **same)
+
+
+def _check_scaled(precision: Precision, adam_trick: bool) -> None:
+    if precision.compute is torch.float16 and not adam_trick:
+        raise RecipeError(
+            f"{precision}: float16 gradients underflow without scales; add adam_trick (--adam-trick), or compute in bf16"
+        )
 
 
 _SETTINGS = {one.name for one in fields(SAESettings)}

@@ -20,9 +20,7 @@ from trimtab.sae.parallel import Parallel
 from trimtab.sae.train.config import Plan, TrainConfig
 from trimtab.sae.train.looks import Look, look
 from trimtab.sae.train.signals import StopSignal
-from trimtab.sae.train.sinks import Sink
-
-OnStep = Callable[[Sequence[SAEStepLine]], None]
+from trimtab.sae.train.sinks import OnLine, Sink
 
 
 @dataclass(kw_only=True, eq=False)
@@ -64,7 +62,7 @@ class Loop:
         course: where it stands; changed in place.
         parallel: the processes that share the work.
         save: writes a checkpoint.
-        on_step: called with the lines of every logged step.
+        on_line: called with the line of every SAE at every logged step.
     """
 
     def __init__(
@@ -76,10 +74,10 @@ class Loop:
         *,
         parallel: Parallel,
         save: Callable[[], None],
-        on_step: OnStep | None = None,
+        on_line: OnLine | None = None,
     ) -> None:
         self._trainees, self._stream, self._config, self.course = trainees, stream, config, course
-        self._parallel, self._save, self._on_step = parallel, save, on_step
+        self._parallel, self._save, self._on_line = parallel, save, on_line
         self._began = 0.0
         self._timing: dict[str, float] = {}
 
@@ -221,14 +219,12 @@ class Loop:
 
     def _log(self, losses: Sequence[StepLosses], looks: Mapping[str, Look], logged: bool) -> None:
         self._histograms(looks)
-        lines = []
         for trainee, one in zip(self._trainees, losses, strict=True):
             trainee.last = self._line(trainee, one, looks.get(trainee.plan.name))
-            lines.append(trainee.last)
             for sink in trainee.sinks if logged else ():
                 sink.write(trainee.last)
-        if logged and self._on_step is not None:
-            self._on_step(lines)
+            if logged and self._on_line is not None:
+                self._on_line(trainee.last)
 
     def _line(self, trainee: Trainee, one: StepLosses, seen: Look | None) -> SAEStepLine:
         plan = trainee.plan

@@ -28,7 +28,7 @@ from trimtab.sae.data import (
 )
 from trimtab.sae.synthetic import SparseDictionary
 from trimtab.sae.train.config import Plan, SAESettings, TrainConfig
-from trimtab.sae.train.loop import OnStep
+from trimtab.sae.train.sinks import OnLine
 from trimtab.sae.train.training import train_stream
 from trimtab.trace import Trace
 
@@ -66,7 +66,7 @@ def train(
     context_size: int = 128,
     model_batch: int = 16,
     column: str = "text",
-    on_step: OnStep | None = None,
+    on_line: OnLine | None = None,
     **settings: Any,
 ) -> SAERun:
     """Train sparse autoencoders, or transcoders, on the activations of a model.
@@ -88,7 +88,7 @@ def train(
         context_size: tokens of a context of the model.
         model_batch: contexts that run together.
         column: of the texts, in files and data sets.
-        on_step: called with the lines of every logged step.
+        on_line: called with the line of every SAE at every logged step.
         settings: fields of `SAESettings`, `TrainConfig`, `StreamConfig` (its seed is the run's) and `Filters`.
 
     Returns:
@@ -117,7 +117,7 @@ def train(
         column=column,
         settings=settings,
     )
-    return train_stream(opened.plans, opened.stream, opened.run, out=out, device=opened.device, on_step=on_step)
+    return train_stream(opened.plans, opened.stream, opened.run, out=out, device=opened.device, on_line=on_line)
 
 
 def open_training(

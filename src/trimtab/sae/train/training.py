@@ -32,8 +32,8 @@ from trimtab.sae.scaling import Scales
 from trimtab.sae.train.checkpoint import Checkpoint, Checkpoints, check_identity
 from trimtab.sae.train.config import Plan, TrainConfig, plain
 from trimtab.sae.train.looks import finite
-from trimtab.sae.train.loop import Course, Loop, OnStep, Trainee, course_state
-from trimtab.sae.train.sinks import LinesSink, Sink, TensorBoardSink, WandbSink
+from trimtab.sae.train.loop import Course, Loop, Trainee, course_state
+from trimtab.sae.train.sinks import LinesSink, OnLine, Sink, TensorBoardSink, WandbSink
 from trimtab.sites import Site
 
 RESULT = "run.json"
@@ -47,7 +47,7 @@ def train_stream(
     *,
     out: str | os.PathLike[str],
     device: str | torch.device = "cpu",
-    on_step: OnStep | None = None,
+    on_line: OnLine | None = None,
 ) -> SAERun:
     """Train SAEs on one stream.
 
@@ -61,7 +61,7 @@ def train_stream(
         config: length of the run, and what it writes.
         out: the directory.
         device: where the SAEs live.
-        on_step: called with the lines of every logged step.
+        on_line: called with the line of every SAE at every logged step.
 
     Returns:
         The run.
@@ -89,7 +89,7 @@ def train_stream(
             raise InputError(f"{folder} cannot be made: {error.strerror or error}") from error
         with parallel.alone(FileLock(folder / ".lock")), _deterministic(settings.deterministic, device):
             run = _Run(listed, stream, settings, folder, device, parallel)
-            return run.finished() or run.train(on_step)
+            return run.finished() or run.train(on_line)
 
 
 class _Run:
@@ -126,7 +126,7 @@ class _Run:
         _LOG.info("%s: finished before, nothing is repeated", self._folder)
         return found
 
-    def train(self, on_step: OnStep | None) -> SAERun:
+    def train(self, on_line: OnLine | None) -> SAERun:
         """Train from the newest checkpoint, or from the beginning."""
         found = self._checkpoints.load(self._identity)
         if found is not None:
@@ -144,7 +144,7 @@ class _Run:
             self._course,
             parallel=self._parallel,
             save=self._save,
-            on_step=on_step,
+            on_line=on_line,
         )
         try:
             title = f"train {len(self._plans)} SAEs" if len(self._plans) > 1 else f"train {self._plans[0].name}"
