@@ -15,6 +15,7 @@ from trimtab.errors import TraceExistsError, TraceLockedError
 from trimtab.trace import TraceWriter
 
 _MANIFEST, _LOCK = "manifest.json", ".dump.lock"
+_NOTED = ".noted.json"  # entries of processes that came before the manifest
 _PATIENCE = 60.0  # seconds; the lock is held for milliseconds
 _GATHERED = ("phases", "not_hooked", "unstored", "coordinates", "counts", "stopped")
 
@@ -43,6 +44,8 @@ def open_writer(config: DumpConfig, rank: int, size: int) -> TraceWriter:
     with _locked(folder):
         found = read_plan(folder)
         plan |= {key: found[key] for key in _GATHERED if key in found}
+        plan["not_hooked"] = [*plan["not_hooked"], *_noted(folder)]
+        (folder / _NOTED).unlink(missing_ok=True)
         return TraceWriter(folder, kind="dump", plan=plan, rank=rank, level=config.level)
 
 
@@ -86,6 +89,27 @@ def add(folder: Path, rank: int, report: Mapping[str, Any]) -> None:
         for (phase, step), count in sorted(report["counts"].items()):
             plan["counts"].setdefault(phase, {}).setdefault(str(rank), {})[str(step)] = count
         atomic_write_text(path, json.dumps(manifest, indent=1, ensure_ascii=False))
+
+
+def note(folder: Path, entry: Mapping[str, str]) -> None:
+    """Put an entry among what is not hooked; where nothing is recorded yet, it waits for the manifest."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        path = folder / _MANIFEST
+        found = path.exists()
+        document = json.loads(path.read_text(encoding="utf-8")) if found else {"plan": {"not_hooked": _noted(folder)}}
+        listed = document["plan"]["not_hooked"]
+        if entry not in listed:
+            listed.append(dict(entry))
+            atomic_write_text(path if found else folder / _NOTED, json.dumps(document, indent=1, ensure_ascii=False))
+
+
+def _noted(folder: Path) -> list[dict[str, str]]:
+    """What waits for the manifest."""
+    try:
+        return list(json.loads((folder / _NOTED).read_text(encoding="utf-8"))["plan"]["not_hooked"])
+    except OSError:
+        return []
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.optim import optimizer as optimizers
 
+from trimtab.dump._calls import in_child, is_model, see_calls
 from trimtab.dump._names import places
 from trimtab.dump.config import DumpConfig
 from trimtab.dump.session import Dump, active
@@ -33,9 +34,11 @@ def start() -> Dump | None:
         raise SystemExit(2) from error
     if config is None or active() is not None:
         return None
-    session = Dump(config, counts_steps=True).start()
-    _Program(session)
-    return session
+    return _begin(config).session
+
+
+def _begin(config: DumpConfig) -> _Program:
+    return _Program(Dump(config, counts_steps=True).start())
 
 
 class _Program:
@@ -47,15 +50,14 @@ class _Program:
         self.error: str | None = None
         self._known: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._removers: list[Callable[[], Any]] = [
-            _see_calls(self._on_call),
+            see_calls(self._on_call),
             optimizers.register_optimizer_step_pre_hook(self._before_update).remove,
             optimizers.register_optimizer_step_post_hook(self._after_update).remove,
         ]
         self._excepthook, sys.excepthook = sys.excepthook, self._on_error
         # Before concurrent.futures, which the writer uses, ends its threads; atexit functions run after that.
         threading._register_atexit(self.end)  # type: ignore[attr-defined]
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=self._forget)
+        in_child[session] = self._forget
         from multiprocessing import util
 
         util.Finalize(None, self.end, exitpriority=100)  # children of multiprocessing run no atexit functions
@@ -69,18 +71,26 @@ class _Program:
         if self._known:  # a launcher or a helper that called no model leaves nothing behind
             self.session.close(interrupted=self.error)
 
-    def _forget(self) -> None:
-        """A forked child, such as one that loads data, records nothing."""
+    def _forget(self) -> Callable[[nn.Module], bool]:
+        """In a forked child: take everything off. Its models are recorded if it joins a process group of its own."""
         while self._removers:
             self._removers.pop()()
-        self.session.abandon()
+        inherited = _ranked()
+
+        def take(module: nn.Module) -> bool:
+            own = _ranked() and not inherited
+            if own:
+                _begin(self.session.config)._on_call(module)
+            return own
+
+        return take
 
     def _on_call(self, module: nn.Module) -> None:
         if module in self._known:
             return
         self._known.update(place.module for place in places(module))
         self._known.add(module)
-        if next(module.parameters(), None) is not None:  # a loss that the loop calls itself is no model
+        if is_model(module):
             self.session.watch_found(module)
 
     def _before_update(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
@@ -94,19 +104,5 @@ class _Program:
         self._excepthook(kind, value, trace)
 
 
-def _see_calls(see: Callable[[nn.Module], None]) -> Callable[[], None]:
-    """Call `see` with every module before it is called, however it is compiled; hooks would not see all of them."""
-    original = nn.Module.__call__
-
-    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            see(self)
-        return original(self, *args, **kwargs)
-
-    nn.Module.__call__ = call  # type: ignore[method-assign]
-
-    def restore() -> None:
-        if nn.Module.__call__ is call:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
-
-    return restore
+def _ranked() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab.dump import _manifest, _state
+from trimtab.dump._calls import guard_forks
 from trimtab.dump._clock import BACKWARD, Calls, Clock, in_backward
 from trimtab.dump._modules import ModelWatch, keep_gradient
 from trimtab.dump._names import owned
@@ -284,6 +285,9 @@ class Dump:
 def active() -> Dump | None:
     """Return the dump that is on."""
     return _active
+
+
+guard_forks(active)
 
 
 def dump(name: str, tensor: Tensor, *, dims: str | None = None, **tags: Any) -> None:
