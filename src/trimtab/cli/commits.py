@@ -7,7 +7,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from trimtab.cli._call import Call, Output, run
+from trimtab.cli._call import Call, LineOutput, run
 from trimtab.cli._options import given
 
 
@@ -27,7 +27,7 @@ def commits(
     plan_only: Annotated[bool, Parameter(negative="")] = False,
     first_parent: Annotated[bool, Parameter(negative="")] = False,
     html: Path | None = None,
-    output: Output = Output(),
+    output: LineOutput = LineOutput(),
 ) -> int:
     """Test a numerical change commit by commit: red flags, risk, first bad commit.
 
@@ -60,4 +60,5 @@ def commits(
         first_parent=first_parent,
     )
     args = (revisions, command) if command else (revisions,)
-    return run(Call(function="trimtab.commits", args=args, kwargs={"out": out, **kwargs}), output, html=html)
+    call = Call(function="trimtab.commits", args=args, kwargs={"out": out, **kwargs})
+    return run(call, output, html=html, stream="on_commit")

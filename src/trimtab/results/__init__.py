@@ -31,7 +31,7 @@ from trimtab.results.comparison import (
     TokenDivergence,
 )
 from trimtab.results.evaluation import AutoCoefficient, Evaluation, RolloutRun
-from trimtab.results.lines import AnalyzedLine, ComparedLine, GeneratedLine, VerdictLine, lines
+from trimtab.results.lines import AnalyzedLine, CommitLine, ComparedLine, GeneratedLine, VerdictLine, lines
 from trimtab.results.runs import (
     DecodeComparison,
     DecodeStep,
@@ -59,6 +59,7 @@ __all__ = [
     "Calibration",
     "CapStep",
     "Cleaning",
+    "CommitLine",
     "CommitWalk",
     "ComparedLine",
     "Comparison",

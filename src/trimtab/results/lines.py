@@ -15,6 +15,7 @@ from trimtab.results.analysis import (
     PromptInfo,
     TokenAgreement,
 )
+from trimtab.results.commits import CommitLedger, CommitOutcome
 from trimtab.results.comparison import Comparison, Ledger, RecordVerdict
 from trimtab.results.runs import GeneratedText
 
@@ -69,15 +70,25 @@ class AnalyzedLine:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class CommitLine:
+    """One commit of a walk, as soon as its runs are judged."""
+
+    format_version: int = LINES_VERSION
+    kind: str = "commit"
+    revisions: str
+    outcome: CommitOutcome
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class VerdictLine:
-    """The last line of a comparison or an analysis."""
+    """The last line of a comparison, an analysis or a walk over commits."""
 
     format_version: int = LINES_VERSION
     kind: str = "verdict"
-    of: Literal["comparison", "analysis"]
+    of: Literal["comparison", "analysis", "commits"]
     passed: bool
     reason: str
-    ledger: Ledger | AnalysisLedger
+    ledger: Ledger | AnalysisLedger | CommitLedger
 
 
 def lines(result: Comparison | Analysis) -> Iterator[ComparedLine | AnalyzedLine | VerdictLine]:

@@ -11,14 +11,16 @@ from typing import Any
 import pytest
 
 import trimtab as tt
+from tests.unit.workflows.little_repository import RUN, LittleRepository, own_python  # noqa: F401 - a fixture
 from trimtab.backends.mock import MockBackend
 from trimtab.cli import main
-from trimtab.results import AnalyzedLine, ComparedLine, GeneratedLine, VerdictLine, from_json
+from trimtab.results import AnalyzedLine, CommitLine, ComparedLine, GeneratedLine, VerdictLine, from_json
 
 KINDS: dict[str, type[Any]] = {
     "generated": GeneratedLine,
     "compared": ComparedLine,
     "analyzed": AnalyzedLine,
+    "commit": CommitLine,
     "verdict": VerdictLine,
 }
 
@@ -104,3 +106,21 @@ def test_one_document_and_many_are_not_both(capsys: pytest.CaptureFixture[str]) 
     assert "give one of them" in capsys.readouterr().err
     assert main(["doctor", "--jsonl"]) == 2
     assert "--jsonl" in capsys.readouterr().err
+
+
+def test_a_walk_over_commits_is_a_line_per_commit_and_its_verdict(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = LittleRepository(tmp_path / "repo")
+    repository.edit("Fine", "SCALE = 1.0", "SCALE = 1.0  # fine")
+    bad = repository.edit("Bad", "SCALE = 1.0", "SCALE = float('nan')")
+    command = ["commits", f"{repository.base}..HEAD", "--repo", str(repository.path), "--out", str(tmp_path / "walk")]
+    assert main([*command, "--jsonl", "--", *RUN]) == 1
+    *told, verdict = parse(capsys.readouterr().out)
+    assert [line.outcome.status for line in told] == ["passed", "passed", "flagged"]
+    assert told[2].outcome.commit == bad and {line.revisions for line in told} == {f"{repository.base}..HEAD"}
+    assert verdict.of == "commits" and not verdict.passed and verdict.ledger.tested == 3
+    assert bad[:12] in verdict.reason
+    assert main([*command[:-1], str(tmp_path / "plan"), "--plan-only", "--jsonl"]) == 3
+    *told, verdict = parse(capsys.readouterr().out)
+    assert [line.outcome.status for line in told] == ["untested"] * 3 and not verdict.passed

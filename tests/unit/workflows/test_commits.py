@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import select
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,22 @@ def plan_file(repository: LittleRepository, text: str) -> Path:
 def gone(process: int) -> bool:
     """Whether a process has ended; one that nobody waits for stays as a zombie."""
     return not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+
+
+class Pipe:
+    """A named pipe that a command of a walk writes to; reading waits for it."""
+
+    def __init__(self, path: Path) -> None:
+        os.mkfifo(path)
+        self.path = path
+        self._end = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+
+    def read(self) -> str:
+        """What was written; an error after two minutes of nothing."""
+        assert select.select([self._end], [], [], 120)[0], "the command did not come so far"
+        text = os.read(self._end, 100).decode()
+        os.close(self._end)
+        return text
 
 
 def kinds(result: CommitWalk, position: int) -> list[str]:
@@ -112,7 +129,7 @@ def test_a_command_that_fails_is_one_line_and_the_rest_goes_on(repository: Littl
 def test_the_time_limit_ends_the_whole_group(repository: LittleRepository, tmp_path: Path) -> None:
     script = (
         "import subprocess, sys, pathlib\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
         f"pathlib.Path({str(tmp_path / 'child')!r}).write_text(str(child.pid))\n"
         "child.wait()\n"
     )
@@ -160,10 +177,11 @@ def test_one_mistake_is_not_taken_for_many(repository: LittleRepository) -> None
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_an_interrupted_walk_resumes(repository: LittleRepository, tmp_path: Path, how: signal.Signals) -> None:
-    log, gate = tmp_path / "log", tmp_path / "gate"
+    log, pipe = tmp_path / "log", Pipe(tmp_path / "pipe")
     script = (
-        f"import os, time\nopen({str(log)!r}, 'a').write('x')\n"
-        f"while COMMIT == 2 and not os.path.exists({str(gate)!r}): time.sleep(0.02)\n" + SCRIPT
+        f"import os, signal\nopen({str(log)!r}, 'a').write('x')\n"
+        f"if COMMIT == 2 and os.path.exists({str(pipe.path)!r}):\n"
+        f"    open({str(pipe.path)!r}, 'w').write('here')\n    signal.pause()\n" + SCRIPT
     )
     repository.base = repository.commit("Wait", **{"train.py": "COMMIT = 0\n" + script})
     for number in (1, 2, 3):
@@ -174,17 +192,14 @@ def test_an_interrupted_walk_resumes(repository: LittleRepository, tmp_path: Pat
         f"repo={str(repository.path)!r}, out={str(tmp_path / 'walk')!r}, steps=9).passed)))"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not log.exists() or len(log.read_text()) < 4:  # base, its repeat, commit 1, and commit 2 that waits
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    assert pipe.read() == "here" and len(log.read_text()) == 4  # base, its repeat, commit 1, and commit 2 that waits
     process.send_signal(how)
     error = process.communicate()[1]
     if how is signal.SIGINT:
         assert process.returncode == 3 and "interrupted; go on with the same command" in error
         assert not (tmp_path / "walk" / "worktrees").exists()
     before = repository.state()[:2]
-    gate.write_text("")
+    pipe.path.unlink()
     result = commits(f"{repository.base}..HEAD", RUN, repo=repository.path, out=tmp_path / "walk", steps=9)
     assert result.passed and result.ledger.kept == 2
     assert len(log.read_text()) == 6  # commit 2 once more, then commit 3
@@ -193,9 +208,9 @@ def test_an_interrupted_walk_resumes(repository: LittleRepository, tmp_path: Pat
 
 
 def test_what_a_killed_walk_left_running_is_ended(repository: LittleRepository, tmp_path: Path) -> None:
-    gate = tmp_path / "pid"
+    pipe = Pipe(tmp_path / "pipe")
     script = (
-        f"import os, time\nif WAIT:\n    open({str(gate)!r}, 'a').write(f'{{os.getpid()}} ')\n    time.sleep(600)\n"
+        f"import os, signal\nif WAIT:\n    open({str(pipe.path)!r}, 'w').write(str(os.getpid()))\n    signal.pause()\n"
     )
     repository.base = repository.commit("Wait", **{"train.py": "WAIT = 0\n" + script + SCRIPT})
     repository.edit("Hang", "WAIT = 0", "WAIT = 1")
@@ -205,13 +220,9 @@ def test_what_a_killed_walk_left_running_is_ended(repository: LittleRepository, 
         f"out={str(tmp_path / 'walk')!r}, steps=9)"
     )
     process = subprocess.Popen([sys.executable, "-c", code])
-    deadline = time.monotonic() + 60
-    while not gate.exists() or not gate.read_text().endswith(" "):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
+    left = int(pipe.read())
     process.kill()
     process.wait()
-    left = int(gate.read_text())
     assert not gone(left)
     commits(f"{repository.base}..HEAD", RUN, repo=repository.path, out=tmp_path / "walk", steps=9, time_limit=0.5)
     assert gone(left)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from trimtab._base.progress import progress
 from trimtab.errors import InputError, UnfinishedError
 from trimtab.results import to_json
 from trimtab.results.commits import BisectStep, CommitLedger, CommitOutcome, CommitWalk, Mode, Risk
+from trimtab.results.lines import CommitLine, VerdictLine
 from trimtab.workflows._arguments import checked
 from trimtab.workflows.commits import risk as risks
 from trimtab.workflows.commits._git import Commit, Repository
@@ -41,7 +43,7 @@ def commits(
     bisect: bool = False,
     plan_only: bool = False,
     first_parent: bool = False,
-    on_commit: Callable[[CommitOutcome], None] | None = None,
+    on_commit: Callable[[CommitLine | VerdictLine], None] | None = None,
 ) -> CommitWalk:
     """Test the commits of a range one by one, each in a git worktree of its own.
 
@@ -63,7 +65,7 @@ def commits(
         bisect: find the first bad commit in about log2 of the range, instead of testing every one.
         plan_only: rate the commits and propose a plan, and run nothing.
         first_parent: follow first parents; a merge is one change.
-        on_commit: called with each outcome as soon as it is there.
+        on_commit: called with each commit as soon as it is judged, and with the verdict last.
 
     Returns:
         What was found; `passed` when no commit is bad. A bisection stops as soon as it knows; its ledger says what it
@@ -97,14 +99,21 @@ def commits(
         try:
             with progress("commits", len(stops)) as bar:
                 walker = Walker(place, chosen, _even(stops) if mode == "bisect" else stops, bar, mode == "bisect")
-                outcomes, steps_taken, bad = _run(walker, mode, on_commit or (lambda _: None))
+                tell = None if on_commit is None else partial(_tell, on_commit, revisions)
+                outcomes, steps_taken, bad = _run(walker, mode, tell or (lambda _: None))
         except KeyboardInterrupt as error:
             raise UnfinishedError(
                 f"{place.path} was interrupted; go on with the same command again, finished runs are kept"
             ) from error
         result = _result(walker, mode, outcomes, steps_taken, bad, revisions, repository, base, head, used)
         place.keep(RESULT_FILE, to_json(result) + "\n")
+    if on_commit is not None:
+        on_commit(VerdictLine(of="commits", passed=result.passed, reason=result.reason, ledger=result.ledger))
     return result
+
+
+def _tell(on_commit: Callable[[CommitLine | VerdictLine], None], revisions: str, outcome: CommitOutcome) -> None:
+    on_commit(CommitLine(revisions=revisions, outcome=outcome))
 
 
 def _ends(repository: Repository, revisions: str) -> tuple[Commit, Commit]:
@@ -214,7 +223,10 @@ _Found = tuple[list[CommitOutcome], list[BisectStep], int | None]
 def _run(walker: Walker, mode: Mode, tell: Callable[[CommitOutcome], None]) -> _Found:
     """Return the outcomes in the order of the commits, the decisions, and the position of the first bad commit."""
     if mode == "plan":
-        return [planned(stop) for stop in walker.stops], [], None
+        proposed = [planned(stop) for stop in walker.stops]
+        for outcome in proposed:
+            tell(outcome)
+        return proposed, [], None
     if mode == "walk":
         made = walker.walk(tell)
         return made, [], next((one.position for one in made if one.status in ("flagged", "failed")), None)
