@@ -9,11 +9,13 @@ from typing import Any, Literal, NamedTuple
 from trimtab.results import Analysis, Comparison
 from trimtab.results.commits import CommitWalk
 from trimtab.results.evaluation import Evaluation
+from trimtab.results.sae import SAERun
 from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation
 from trimtab.results.stress import Stress
 from trimtab.results.training import TRAINING_KINDS
 from trimtab.results.triage import Triage
-from trimtab.results.vectors_clean import VectorComparison
+from trimtab.results.vectors import ExtractionReport
+from trimtab.results.vectors_clean import Cleaning, VectorComparison
 from trimtab.results.weights import WeightsAnalysis
 
 
@@ -33,6 +35,9 @@ KINDS: dict[str, Kind] = {
     "vector_comparison": Kind(VectorComparison, "_text_other:render", "_vectors:render"),
     "evaluation": Kind(Evaluation, "_evaluation:render_text", "_evaluation:render"),
     "stress": Kind(Stress, "_stress:render_text", "_stress:render"),
+    "extraction": Kind(ExtractionReport, "_made:render", "_made:render_html"),
+    "cleaning": Kind(Cleaning, "_made:render", "_made:render_html"),
+    "sae_run": Kind(SAERun, "_made:render", "_made:render_html"),
     "sae_evaluation": Kind(SAEEvaluation, "_sae:render_text", "_sae:render"),
     "precision_report": Kind(PrecisionReport, "_precision:render_text", "_precision:render"),
     "weights": Kind(WeightsAnalysis, "_weights:render_text", "_weights:render"),

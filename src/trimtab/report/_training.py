@@ -41,6 +41,8 @@ class TrainingView:
     panels: tuple[Panel, ...]
     facts: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
+    keys: tuple[tuple[str, str], ...] = (("", "this training"), ("base", "unsteered model"))
+    """(kind of curve, what it is)."""
 
 
 def view(result: TrainingResult) -> TrainingView:
@@ -54,7 +56,11 @@ def view(result: TrainingResult) -> TrainingView:
 
 def render(result: TrainingResult, *, width: int, color: bool) -> str:
     """Return the text form."""
-    seen = view(result)
+    return text_of(view(result), width=width, color=color)
+
+
+def text_of(seen: TrainingView, *, width: int, color: bool) -> str:
+    """Return the text form of a view."""
     page = TextPage(width, color)
     page.line(seen.headline, "bold")
     page.line(seen.lede, "dim")
@@ -72,14 +78,19 @@ def render(result: TrainingResult, *, width: int, color: bool) -> str:
 
 def render_html(result: TrainingResult) -> str:
     """Return the page."""
-    seen = view(result)
+    created = str(result.provenance.get("created", "")) if isinstance(result, Training) else ""
+    return page_of(view(result), created)
+
+
+def page_of(seen: TrainingView, created: str = "") -> str:
+    """Return the page of a view."""
     curves = [("curves", "Curves")] if seen.panels else []
     return _html._page(
         "training.html.j2",
         scripts={},
         style=_html._asset("report.css") + _html._asset("commits.css"),
         title=seen.headline,
-        created=str(result.provenance.get("created", "")) if isinstance(result, Training) else "",
+        created=created,
         sections=[("answer", "Answer"), *curves, ("record", "Figures")],
         view=seen,
     )
@@ -133,7 +144,7 @@ def _training(one: Training) -> TrainingView:
 
 def _sweep(sweep: RateSweep) -> TrainingView:
     losses = [(row.learning_rate or 0.0, row.loss) for row in sweep.rows if row.loss is not None]
-    panel = _panel("validation loss", {"other": ("best loss by rate", losses)}, log_x=True)
+    panel = panel_of("validation loss", {"other": ("best loss by rate", losses)}, log_x=True)
     return TrainingView(
         kicker=f"Learning rates {sweep.name}",
         headline=f"Best learning rate: {sweep.best_rate:g}",
@@ -209,15 +220,16 @@ def _panels(one: Training) -> tuple[Panel, ...]:
         ends = [(0.0, one.unsteered_loss), (float(len(one.steps)), one.unsteered_loss)]
         curves = {"base": ("unsteered", ends), **curves}
     made = [
-        _panel("training loss", {"other": ("loss of each step", train)}),
-        _panel("validation loss", curves) if checks else None,
-        _panel("norm", {"other": ("norm of all vectors", [(float(step.step), step.norm) for step in one.steps])}),
-        _panel("gradient norm", {"other": ("before limiting", [(float(s.step), s.grad_norm) for s in one.steps])}),
+        panel_of("training loss", {"other": ("loss of each step", train)}),
+        panel_of("validation loss", curves) if checks else None,
+        panel_of("norm", {"other": ("norm of all vectors", [(float(step.step), step.norm) for step in one.steps])}),
+        panel_of("gradient norm", {"other": ("before limiting", [(float(s.step), s.grad_norm) for s in one.steps])}),
     ]
     return tuple(panel for panel in made if panel is not None)
 
 
-def _panel(title: str, curves: dict[str, tuple[str, Points]], *, log_x: bool = False) -> Panel | None:
+def panel_of(title: str, curves: dict[str, tuple[str, Points]], *, log_x: bool = False) -> Panel | None:
+    """Return curves, by kind, on axes of their own; None without a finite point."""
     points = [point for _, line in curves.values() for point in line]
     values = [y for _, y in points if math.isfinite(y)]
     if not values:
