@@ -11,67 +11,24 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
-from numba.extending import overload
 
-_FAST = {"reassoc", "contract", "nsz"}
+from trimtab.sae._stored import jit, put, wide
+
 _BLOCK = 16
 
 
-def _jit(function: Any) -> Any:
-    """Compile lazily, kept on disk where some cache directory is writable and in memory only where none is."""
-    try:
-        return njit(cache=True, nogil=True, fastmath=_FAST, error_model="numpy")(function)
-    except RuntimeError:  # numba found no place for its cache
-        return njit(nogil=True, fastmath=_FAST, error_model="numpy")(function)
-
-
-def _wide(value: Any) -> Any:
-    """A stored element as a number that can be computed with."""
-    raise NotImplementedError
-
-
-@overload(_wide, strict=False)
-def _wide_of(value: Any) -> Any:
-    if value == types.uint16:
-        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
-    return lambda value: value
-
-
-def _put(out: Any, index: Any, value: Any) -> None:
-    """Store a number, rounded to nearest even where the array holds bfloat16."""
-    raise NotImplementedError
-
-
-@overload(_put, strict=False)
-def _put_of(out: Any, index: Any, value: Any) -> Any:
-    if out.dtype == types.uint16:
-
-        def narrow(out: Any, index: Any, value: Any) -> None:
-            bits = np.float32(value).view(np.uint32)
-            carried = np.uint32(bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
-            out[index] = np.uint16(carried >> np.uint32(16))
-
-        return narrow
-
-    def plain(out: Any, index: Any, value: Any) -> None:
-        out[index] = value
-
-    return plain
-
-
-@_jit
+@jit
 def count_above(pre: Any, bias: Any, floor: Any, counts: Any, start: Any, stop: Any) -> None:
     """Count the entries of each row above `floor` [latents]."""
     for b in range(start, stop):
         row = pre[b]
         found = np.int32(0)
         for i in range(row.size):
-            found += np.int32(_wide(row[i]) + bias[i] > floor[i])
+            found += np.int32(wide(row[i]) + bias[i] > floor[i])
         counts[b] = found
 
 
-@_jit
+@jit
 def take_above(pre: Any, bias: Any, floor: Any, ptr: Any, cols: Any, values: Any, start: Any, stop: Any) -> None:
     """Write the entries of each row above `floor` into their places."""
     for b in range(start, stop):
@@ -81,25 +38,25 @@ def take_above(pre: Any, bias: Any, floor: Any, ptr: Any, cols: Any, values: Any
             last = min(first + _BLOCK, row.size)
             found = np.int32(0)
             for i in range(first, last):
-                found += np.int32(_wide(row[i]) + bias[i] > floor[i])
+                found += np.int32(wide(row[i]) + bias[i] > floor[i])
             if found:
                 for i in range(first, last):
-                    value = _wide(row[i]) + bias[i]
+                    value = wide(row[i]) + bias[i]
                     if value > floor[i]:
                         cols[n] = i
                         values[n] = value
                         n += 1
 
 
-@_jit
+@jit
 def _above(row: Any, bias: Any, floor: Any) -> Any:
     found = np.int32(0)
     for i in range(row.size):
-        found += np.int32(_wide(row[i]) + bias[i] > floor)
+        found += np.int32(wide(row[i]) + bias[i] > floor)
     return found
 
 
-@_jit
+@jit
 def _bracket(row: Any, bias: Any, k: Any, guess: Any, zero: Any) -> Any:
     """Return a floor that more than k entries pass, as few more as bisection finds, and how many do."""
     low, high = zero, zero
@@ -121,7 +78,7 @@ def _bracket(row: Any, bias: Any, k: Any, guess: Any, zero: Any) -> Any:
     return low, found
 
 
-@_jit
+@jit
 def top_of_rows(
     pre: Any, bias: Any, allowed: Any, k: Any, cols: Any, values: Any, counts: Any, start: Any, stop: Any
 ) -> None:
@@ -139,9 +96,9 @@ def top_of_rows(
     for b in range(start, stop):
         source = pre[b]
         for i in range(width):
-            value = _wide(source[i]) + bias[i]
+            value = wide(source[i]) + bias[i]
             row[i] = value if allowed[i] else zero
-        floor, number = _bracket(row, nothing, k, guess, zero)
+        floor, _ = _bracket(row, nothing, k, guess, zero)
         n = 0
         for first in range(0, width, _BLOCK):
             last = min(first + _BLOCK, width)
@@ -159,9 +116,9 @@ def top_of_rows(
         spare = n
         if n > k:
             cut = np.partition(found[:n], n - k)[n - k]
-            over = 0
+            over = np.int64(0)
             for q in range(n):
-                over += np.int32(found[q] > cut)
+                over += np.int64(found[q] > cut)
             spare = k - over
             guess = cut
         m = 0
@@ -178,14 +135,14 @@ def top_of_rows(
         counts[b] = take
 
 
-@_jit
+@jit
 def count_over(pre: Any, bias: Any, floor: Any, counts: Any, start: Any, stop: Any) -> None:
     """Count the entries of each row over one number."""
     for b in range(start, stop):
         counts[b] = _above(pre[b], bias, floor)
 
 
-@_jit
+@jit
 def order_by_latent(cols: Any, ptr: Any, starts: Any, order: Any, rows: Any) -> None:
     """Sort entries by latent, then row: `starts` [latents + 1] comes as zeros; `order` and `rows` [entries]."""
     for n in range(cols.size):
@@ -201,7 +158,7 @@ def order_by_latent(cols: Any, ptr: Any, starts: Any, order: Any, rows: Any) -> 
             at[i] += 1
 
 
-@_jit
+@jit
 def sparse_rows(
     ptr: Any,
     cols: Any,
@@ -233,7 +190,7 @@ def sparse_rows(
                 z = c * value
                 row = weight[cols[n]]
                 for j in range(width):
-                    acc[j] += z * _wide(row[j])
+                    acc[j] += z * wide(row[j])
         total = 0.0
         out = error[b]
         for j in range(width):
@@ -244,11 +201,11 @@ def sparse_rows(
             row = weight[cols[n]]
             dot = acc[0] * 0
             for j in range(width):
-                dot += acc[j] * _wide(row[j])
+                dot += acc[j] * wide(row[j])
             by_latent[n] = c * dot
 
 
-@_jit
+@jit
 def sparse_latents(
     starts: Any,
     order: Any,
@@ -300,24 +257,24 @@ def sparse_latents(
                 of_bias += of_pre
                 source = x[b]
                 for j in range(source.size):
-                    of_encoder[j] += of_pre * _wide(source[j])
+                    of_encoder[j] += of_pre * wide(source[j])
         bias[i] += of_bias
         steps[i] += of_step
 
 
-@_jit
+@jit
 def dense_forward(pre: Any, bias: Any, threshold: Any, c: Any, z: Any, fired: Any, start: Any, stop: Any) -> None:
     """Write the latents times c [batch, latents] and count who fired, for a range of latents."""
     for b in range(pre.shape[0]):
         row, out = pre[b], z[b]
         for i in range(start, stop):
-            value = _wide(row[i]) + bias[i]
+            value = wide(row[i]) + bias[i]
             on = value > threshold[i]
             fired[i] += np.int64(on)
-            _put(out, i, c * value if on else value * 0)
+            put(out, i, c * value if on else value * 0)
 
 
-@_jit
+@jit
 def dense_backward(
     pre: Any,
     bias: Any,
@@ -337,80 +294,11 @@ def dense_backward(
     for b in range(pre.shape[0]):
         row, out = pre[b], gradient[b]
         for i in range(start, stop):
-            value, level = _wide(row[i]) + bias[i], threshold[i]
-            given = c * _wide(out[i])
+            value, level = wide(row[i]) + bias[i], threshold[i]
+            given = c * wide(out[i])
             jump = (level * given + counted) / bandwidth if abs(value - level) < half else value * 0
             passed = given if value > level else value * 0
             passed = passed + jump if to_input else passed
             of_step[i] -= jump
             of_bias[i] += passed
-            _put(out, i, passed)
-
-
-@_jit
-def squares_of(values: Any, sums: Any, part: Any, start: Any, stop: Any) -> None:
-    """Write the sums of squares of parts of so many elements."""
-    for n in range(start, stop):
-        total = 0.0
-        for i in range(n * part, min((n + 1) * part, values.size)):
-            value = np.float64(_wide(values[i]))
-            total += value * value
-        sums[n] = total
-
-
-@_jit
-def adam_rows(
-    parameter: Any,
-    gradient: Any,
-    first: Any,
-    second: Any,
-    low: Any,
-    clipped: Any,
-    beta1: Any,
-    beta2: Any,
-    rate: Any,
-    root: Any,
-    eps: Any,
-    length: Any,
-    start: Any,
-    stop: Any,
-) -> None:
-    """Move rows of a parameter: p -= rate m / (sqrt(v) root + eps), the copy for products beside it.
-
-    `first` and `low` may have no elements. With `length` > 0 the gradient loses its part along the row, which is then
-    brought to that length. Scalars have the parameter's dtype.
-    """
-    width = parameter.shape[1]
-    moving, copying = first.size > 0, low.size > 0
-    for i in range(start, stop):
-        p, given, v = parameter[i], gradient[i], second[i]
-        along = clipped * 0
-        if length > 0:
-            dot = square = clipped * 0
-            for j in range(width):
-                dot += p[j] * (clipped * _wide(given[j]))
-                square += p[j] * p[j]
-            along = dot / square
-        square = clipped * 0
-        if moving:
-            m = first[i]
-            for j in range(width):
-                g = clipped * _wide(given[j]) - along * p[j]
-                m[j] = beta1 * m[j] + (1 - beta1) * g
-                v[j] = beta2 * v[j] + (1 - beta2) * g * g
-                p[j] -= rate * m[j] / (np.sqrt(v[j]) * root + eps)
-                square += p[j] * p[j]
-        else:
-            for j in range(width):
-                g = clipped * _wide(given[j]) - along * p[j]
-                v[j] = beta2 * v[j] + (1 - beta2) * g * g
-                p[j] -= rate * g / (np.sqrt(v[j]) * root + eps)
-                square += p[j] * p[j]
-        scale = length / np.sqrt(square) if length > 0 else clipped * 0 + 1
-        if length > 0:
-            for j in range(width):
-                p[j] *= scale
-        if copying:
-            out = low[i]
-            for j in range(width):
-                _put(out, j, p[j])
+            put(out, i, passed)

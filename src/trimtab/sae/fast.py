@@ -1,9 +1,10 @@
 """The fast path of a CPU: losses and gradients of JumpReLU, TopK and BatchTopK without autograd.
 
-Where few latents are active a step is one dense product, the encoder's, and compiled passes over what is active: decode,
-error and its products with the decoder's rows while these are in the cache, then the gradients latent by latent. Where
-many are, it is the five dense products of the forward and backward pass, with two fused passes between them. Nothing
-computes a gradient to x. Results agree with the general form to rounding; tests hold one against the other.
+Where few latents are active a step is one dense product, the encoder's, and compiled passes over what is active:
+decode, error and its products with the decoder's rows while these are in the cache, then the gradients latent by
+latent. Where many are, it is the five dense products of the forward and backward pass, with two fused passes between
+them. Nothing computes a gradient to x. Results agree with the general form to rounding; tests hold one against the
+other.
 """
 
 from __future__ import annotations

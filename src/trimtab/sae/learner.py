@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,67 +12,15 @@ from torch import Tensor
 from trimtab.errors import InputError
 from trimtab.sae import fast
 from trimtab.sae._begin import first_parameters
-from trimtab.sae.architectures import FUNCTIONS, Scene, Split, Terms
+from trimtab.sae.architectures import FUNCTIONS, Scene, Split
 from trimtab.sae.config import OptimConfig, SAEConfig
+from trimtab.sae.figures import Computed as Computed
+from trimtab.sae.figures import SelfTest as SelfTest
+from trimtab.sae.figures import StepLosses as StepLosses
+from trimtab.sae.figures import figures_of, step_losses
 from trimtab.sae.optim import SparsityControl, Updater, lr_factor, sparsity_factor
 from trimtab.sae.precision import Precision
 from trimtab.sae.scaling import Scales
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepLosses:
-    """One step in unscaled units; `loss = recon + sparsity + aux`, before the step."""
-
-    step: int
-    """0-based number of the step."""
-    loss: float
-    recon: float
-    """Mean over tokens of the squared error; targets have a mean squared length of 1, so it is a share of that."""
-    l0: float
-    """Mean number of active latents per token."""
-    sparsity: float
-    """The penalty with its coefficient."""
-    aux: float
-    """Auxiliary losses with their coefficients."""
-    grad_norm: float
-    """Of the unscaled gradient, before clipping; nan where none was asked for."""
-    lr: float
-    """In unscaled units."""
-    coefficient: float
-    """Of the sparsity."""
-    skipped: bool = False
-    """The gradient was not finite and nothing moved."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SelfTest:
-    """Whether every parameter can learn, seen from one batch."""
-
-    passed: bool
-    problems: tuple[str, ...]
-    """One line each; empty when it passed."""
-    gradients: Mapping[str, float]
-    """Length of each parameter's unscaled gradient."""
-    zeros: Mapping[str, float]
-    """Share of each gradient's elements that are exactly 0."""
-
-
-@dataclass(slots=True)
-class Computed:
-    """What one batch asks for, before anything moves; processes that share a batch may reduce it."""
-
-    losses: dict[str, float]
-    """loss, recon, l0, sparsity, aux."""
-    gradients: dict[str, Tensor]
-    """Of the stored parameters, stored units."""
-    fired: Tensor
-    """[d_sae] tokens of the batch on which each latent fired."""
-    tokens: int
-    coefficient: float
-    cut: Tensor | None
-    """BatchTopK kinds: the smallest latent that was kept, stored units."""
-    norm: float | None = None
-    """Of the whole unscaled gradient, where `gradients` are a part of it."""
 
 
 class Learner:
@@ -156,7 +104,7 @@ class Learner:
         scene = self._scene(self._parameters, x, target, coefficient, watch)
         if self.fast and fast.fits(scene):
             terms, gradients = fast.differentiate(scene)
-            return Computed(_figures(terms, len(x)), gradients, terms.fired, len(x), coefficient, terms.cut)
+            return Computed(figures_of(terms, len(x)), gradients, terms.fired, len(x), coefficient, terms.cut)
         leaves = {name: value.detach().requires_grad_() for name, value in self._parameters.items()}
         terms = self._forward(replace(scene, parameters=leaves))
         scaled = (terms.recon + terms.sparsity + terms.aux) * self.scales.loss
@@ -166,7 +114,7 @@ class Learner:
             for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
         }
         tokens = len(x)
-        return Computed(_figures(terms, tokens), gradients, terms.fired, tokens, coefficient, terms.cut)
+        return Computed(figures_of(terms, tokens), gradients, terms.fired, tokens, coefficient, terms.cut)
 
     def apply(self, computed: Computed) -> StepLosses:
         """Move the parameters by what `compute` found; a gradient that is not finite moves nothing."""
@@ -183,13 +131,8 @@ class Learner:
             self._follow(computed.cut)
         if self._control is not None:
             self._control.observe(computed.losses["l0"])
-        return StepLosses(
-            step=number,
-            **computed.losses,
-            grad_norm=norm,
-            lr=lr,
-            coefficient=computed.coefficient,
-            skipped=skipped,
+        return step_losses(
+            computed.losses, step=number, grad_norm=norm, lr=lr, coefficient=computed.coefficient, skipped=skipped
         )
 
     def losses(self, x: Tensor, target: Tensor | None = None) -> StepLosses:
@@ -198,12 +141,9 @@ class Learner:
         self._needs(target)
         with torch.no_grad():
             terms = self._forward(self._scene(self._parameters, x, target, coefficient))
-        return StepLosses(
-            step=self.steps,
-            **_figures(terms, len(x)),
-            grad_norm=math.nan,
-            lr=self.optim.lr * lr_factor(self.optim, self.steps, self.total_steps),
-            coefficient=coefficient,
+        lr = self.optim.lr * lr_factor(self.optim, self.steps, self.total_steps)
+        return step_losses(
+            figures_of(terms, len(x)), step=self.steps, grad_norm=math.nan, lr=lr, coefficient=coefficient
         )
 
     def gradients(self, x: Tensor, target: Tensor | None = None) -> dict[str, Tensor]:
@@ -410,9 +350,3 @@ class Learner:
         rate = self.config.threshold_rate
         moved = torch.where(self._cut.isnan(), now, self._cut + rate * (now - self._cut))
         self._cut = torch.where(now.isfinite() & (now > 0), moved, self._cut)
-
-
-def _figures(terms: Terms, tokens: int) -> dict[str, float]:
-    recon, sparsity, aux = (float(part.detach()) for part in terms[:3])
-    l0 = float(terms.fired.sum()) / tokens
-    return {"loss": recon + sparsity + aux, "recon": recon, "l0": l0, "sparsity": sparsity, "aux": aux}

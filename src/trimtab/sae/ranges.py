@@ -85,7 +85,8 @@ class _Book:
         """Note an activation, and its gradient when that comes."""
         self.note(name, "activation", values)
         if values.requires_grad:
-            values.register_hook(lambda gradient: self.note(f"grad {name}", "gradient", gradient))
+            hook = lambda gradient: self.note(f"grad {name}", "gradient", gradient)  # noqa: E731
+            values.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
 def precision_report(

@@ -12,15 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trimtab.sae._threads import array, kernels, share
+from trimtab.sae._threads import array, share
 from trimtab.sae.config import OptimConfig
 from trimtab.sae.precision import Precision
 from trimtab.sae.scaling import Scales
+
+
+@cache
+def kernels() -> Any:
+    """Import the compiled passes (about half a second, once)."""
+    from trimtab.sae.optim import _kernels
+
+    return _kernels
+
 
 SMALLEST_THRESHOLD = 1e-8
 """No threshold falls under it, in unscaled units."""
