@@ -133,7 +133,7 @@ def _headline(result: WeightsAnalysis) -> str:
     best = _first(result)
     if best is None:
         return "No layer could be measured"
-    name = f"{best.kind} {best.direction}"
+    name = best.direction if best.kind == "pc" else f"{best.kind} {best.direction}"
     if abs(best.z) < STANDS_OUT:
         return f"No direction stands out from the controls; {name} comes closest, in {_place(best)}"
     return f"{_place(best)[0].upper()}{_place(best)[1:]} changed most: how it treats {name}"
@@ -145,7 +145,9 @@ def _first(result: WeightsAnalysis) -> RankedChange | None:
 
 
 def _place(one: RankedChange) -> str:
-    where = {"qk": "the attention (QK)", "vo": "the attention (VO)", "mlp": "the MLP"}.get(one.part, f"matrix {one.part}")
+    where = {"qk": "the attention (QK)", "vo": "the attention (VO)", "mlp": "the MLP"}.get(
+        one.part, f"matrix {one.part}"
+    )
     layer = "over the layers" if one.layer is None else f"of layer {one.layer}"
     return f"{where if one.head is None else f'head {one.head} in {where}'} {layer}"
 
@@ -223,7 +225,7 @@ def _tables(result: WeightsAnalysis) -> Iterable[Table]:
     yield Table(
         anchor="rankings",
         title="Rankings",
-        finding="The strongest of every measure and part, by z. The error is what the number of controls leaves unknown.",
+        finding="The strongest of every measure and part, by z; its error comes from the number of controls.",
         heads=("direction", "kind", "part", "measure", ">layer", ">head", ">base", ">tuned", ">change", ">z", ">error"),
         rows=tuple(_ranked(one) for one in result.rankings[:MAX_ROWS]),
         left_out=max(0, len(result.rankings) - MAX_ROWS),
@@ -270,7 +272,7 @@ def _tables(result: WeightsAnalysis) -> Iterable[Table]:
     yield Table(
         anchor="matrices",
         title="Matrices",
-        finding="Whole matrices: the change's length, its largest singular value, and over how many directions it spreads.",
+        finding="Whole matrices: length of the change, its largest singular value, its spread over directions.",
         heads=("matrix", ">layer", ">rows", ">columns", ">|change| / |base|", ">1 - cosine", ">largest singular value",
                ">error", ">effective rank"),
         rows=tuple(
