@@ -150,7 +150,8 @@ def open_training(
         wanted = [*patterns, *((target,) if target else ())]
         runner = _runner(model, backend, options, wanted)
         source = ModelSource(runner, texts, wanted, context_size=context_size, batch_size=model_batch)
-    names = [name for name in source.widths if name != target]
+    known = isinstance(source, ModelSource) or not patterns  # else they are names, which must be there
+    names = [name for name in (source.widths if known else patterns) if name != target]
     if not names:
         source.close()
         raise InputError(f"the target {target} is the input too; name another site with sites=")
