@@ -121,6 +121,19 @@ CALLS = [
     ),
     ("evaluate score r --scorer testbed:animal", "trimtab.evaluate.score('r', ['testbed:animal'])"),
     ("evaluate stress animal --out s", "tt.stress('testbed', ['animal'], out='s')"),
+    (
+        "sae eval a b --data t.txt --tokens 500 --latent 3 4 --html s.html",
+        "tt.report(trimtab.sae.evaluate(['a', 'b'], data='t.txt', tokens=500, latents=[3, 4]), 's.html')",
+    ),
+    (
+        "sae precision synthetic:256x64 --d-sae 512 --dtype fp16 --adam-trick --batches 2",
+        "trimtab.sae.check_precision('synthetic:256x64', batches=2, d_sae=[512], dtype='fp16', adam_trick=True)",
+    ),
+    ("sae export a --out o", "trimtab.sae.export('a', 'o')"),
+    (
+        "sae export a --out o --latent 0 --scale 0.5 --positions generated",
+        "trimtab.sae.export('a', 'o', latent=0, scale=0.5, positions='generated')",
+    ),
     ("doctor", "tt.doctor()"),
     ("testbed build --out t --steps 3", "tt.testbed_build('t', seed=0, steps=3)"),
 ]
@@ -192,6 +205,9 @@ def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any,
     evaluate = importlib.import_module("trimtab.evaluate")
     for name in ("rollouts", "score"):
         monkeypatch.setattr(evaluate, name, stand_in(f"evaluate.{name}"))
+    sae = importlib.import_module("trimtab.sae")
+    for name in ("train", "evaluate", "check_precision", "export"):
+        monkeypatch.setitem(vars(sae), name, stand_in(f"sae.{name}"))
     return calls
 
 
