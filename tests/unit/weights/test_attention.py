@@ -16,6 +16,7 @@ from trimtab.errors import InputError
 from trimtab.weights import LayerMath, load
 
 Saved = Callable[..., tuple[nn.Module, Path]]
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -41,10 +42,10 @@ def distance(actual: Tensor, expected: Tensor) -> float:
     ("family", "options"),
     [
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}),
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 4}),
         ("llama", {"rope_parameters": LLAMA3}),
         ("qwen2", {"rope_parameters": YARN}),
-        ("phi3", {"rope_parameters": LONG}),
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 4}),
         ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
         ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
         ("llama4", {"use_qk_norm": False}),
@@ -83,7 +84,7 @@ def test_options_change_the_formula_as_they_change_the_model(
         ("llama4", {"no_rope_layers": [1, 0], "floor_scale": 2, "attn_scale": 0.5}),
         ("gemma2", {"attn_logit_softcapping": 0.7}),
         ("qwen2", {"rope_parameters": YARN}),
-        ("phi3", {"rope_parameters": LONG}),
+        ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 4}),
     ],
     ids=str,
 )
@@ -120,6 +121,16 @@ def test_heads_add_up_and_products_are_those_of_the_outputs(family: str, saved: 
     assert distance(products.head_norms, out.heads.norm(dim=-1)) < 1e-12
     assert distance(products.total, out.total @ probes.T) < 1e-12
     assert distance(products.total_norms, out.total.norm(dim=-1)) < 1e-12
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "olmo2"])
+def test_a_bias_before_the_norm_is_scaled_as_the_heads_are(family: str, tmp_path: Path) -> None:
+    variant(family, tmp_path, attention_bias=True)
+    formula, probes = LayerMath(load(tmp_path).layer(1), "float64"), rows(4, seed=9).double()
+    out = formula.vo(rows())
+    assert out.rest.abs().max() > 1e-3
+    assert distance(out.heads.sum(0) + out.rest, out.total) < 1e-13
+    assert distance(formula.vo_products(rows(), probes).total, out.total @ probes.T) < 1e-12
 
 
 def test_a_norm_after_attention_scales_every_head_by_the_factor_of_the_sum(saved: Saved) -> None:
