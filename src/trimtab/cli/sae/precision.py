@@ -17,7 +17,7 @@ def precision(
     data: str = "testbed",
     /,
     *,
-    sites: Annotated[str | None, Parameter(alias="-s")] = None,
+    site: Annotated[str | None, Parameter(alias="-s")] = None,
     batches: int = 4,
     batch_size: int = 4096,
     seed: int = 0,
@@ -38,7 +38,7 @@ def precision(
 
     Args:
         data: what sae train would be given: texts, the directory of a trace, synthetic:FxD, or testbed.
-        sites: site of the input, such as layers.4.mlp_out.
+        site: where the input is taken, such as layers.4.mlp_out; synthetic data need none.
         batches: batches to look at.
         batch_size: tokens of a batch.
         seed: of the first parameters and the order of the data.
@@ -62,7 +62,7 @@ def precision(
         "model_batch": (model_batch, 16),
         "column": (column, "text"),
     }
-    kwargs = present(sites=sites, device=device)
+    kwargs = present(sites=site, device=device)
     kwargs |= {name: value for name, (value, default) in options.items() if value != default}
     kwargs |= given(settings)
     call = Call(function="trimtab.sae.check_precision", args=(data,), kwargs=kwargs)
