@@ -301,7 +301,10 @@ def base_numerics(config: Config, **changes: Any) -> Numerics:
 
 
 def _first(config: Config, *names: str) -> Any:
-    return next(getattr(config, name) for name in names if hasattr(config, name))
+    found = next((name for name in names if hasattr(config, name)), None)
+    if found is None:
+        raise BackendError(f"the configuration of a {config.model_type} model has none of {', '.join(names)}")
+    return getattr(config, found)
 
 
 def rope_fraction(config: Config) -> float:

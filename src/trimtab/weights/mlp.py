@@ -57,7 +57,7 @@ def neurons(block: Block, prefix: str, normed: Tensor) -> Tensor:
 def activate(block: Block, gate: Tensor | None, up: Tensor) -> Tensor:
     """Return `act(gate) * up`, or `act(up)` without a gate."""
     act = activation(block.numerics.activation)
-    return act(up) if gate is None else act(gate).mul_(up)
+    return act(up) if gate is None else act(gate) * up
 
 
 def route(block: Block, normed: Tensor) -> Routing:

@@ -35,6 +35,7 @@ def distance(actual: Tensor, expected: Tensor) -> float:
         ("llama", {"mlp_bias": True}),
         ("llama", {"hidden_act": "gelu"}),
         ("llama", {"hidden_act": "relu2"}),
+        ("llama", {"hidden_act": "linear"}),
         ("gemma2", {"hidden_activation": "silu"}),
         ("gemma", {"hidden_act": "relu"}),
         ("gpt2", {"activation_function": "relu"}),
@@ -122,6 +123,14 @@ def test_responses_compute_what_is_asked_for_and_no_more(saved: Saved, monkeypat
     assert matrices(["o"]) == ["o", "q_gate", "v"]
     assert matrices(["down"]) == ["down", "gate", "up"]
     assert matrices(["gate", "q"]) == ["gate", "q"]
+
+
+def test_responses_stay_as_they_were_given(tmp_path: Path) -> None:
+    """An activation that returns its own input must not let the product with `up` be written over the gate's output."""
+    variant("llama", tmp_path, hidden_act="linear")
+    formula = LayerMath(load(tmp_path).layer(0))
+    for response in list(formula.responses(rows())):
+        assert torch.equal(response.outputs, formula.project(response.name, rows())), response.name
 
 
 def test_what_cannot_be_computed_is_refused(saved: Saved) -> None:
