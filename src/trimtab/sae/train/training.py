@@ -319,7 +319,11 @@ class _Run:
             norm=measured[plan.site].norm,
             site=_site(plan.site),
             target_site=_site(plan.target),
-            about={"steps": self._course.step, **({"model": about["model"]} if "model" in about else {})},
+            about={
+                "steps": self._course.step,
+                "precision": str(plan.precision),
+                **({"model": about["model"]} if "model" in about else {}),
+            },
         )
         if not plan.target:
             return made
