@@ -31,7 +31,7 @@ def compare(
     tolerances: Annotated[bool, Parameter(negative="")] = False,
     jobs: Annotated[int, Parameter(alias="-j")] = 1,
     ray: str | None = None,
-    html: Path | None = None,
+    html: Annotated[Path | None, Parameter(alias="--report")] = None,
     output: LineOutput = LineOutput(),
 ) -> int:
     """Compare two traces tensor by tensor, with a calibrated verdict.

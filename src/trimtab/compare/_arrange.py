@@ -14,10 +14,10 @@ from typing import Any
 import polars as pl
 
 from trimtab.compare._auxiliary import SEQUENCES
+from trimtab.compare._short import Short
 from trimtab.compare._sides import KEY, Side
 from trimtab.compare.dims import BATCH, TOKENS, Dims, DimsRule, parse_dims
 from trimtab.compare.layout import Arranged, Layout, World, arrange_group, collapse, lists_ranks, silent_ranks
-from trimtab.compare.match import Short
 from trimtab.errors import ComparisonError, InputError
 from trimtab.results.comparison import RecordKey
 

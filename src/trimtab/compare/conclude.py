@@ -69,7 +69,9 @@ def _reason(records: LazySequence[RecordVerdict], ledger: Ledger, first: FirstDi
     failing = [record for record in records.single if not record.passing]
     short = [entry for entry in ledger.entries if entry.waived_by is None]
     if not ledger.reference.compared:
-        return "nothing was compared" + (f": {short[0].name}: {short[0].reason}" if short else "")
+        return "nothing was compared" + (
+            f": {short[0].kind} in the {short[0].side}: {short[0].name}: {short[0].reason}" if short else ""
+        )
     if failing:
         where = first.text if first is not None else failing[0].key.text
         routed = all(record.reasons and record.reasons[0].startswith(ROUTED) for record in failing)

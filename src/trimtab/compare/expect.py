@@ -29,8 +29,8 @@ import numpy as np
 import polars as pl
 
 from trimtab._base import jsonio
+from trimtab.compare._short import Short
 from trimtab.compare._sides import Side, TokenKey
-from trimtab.compare.match import Short
 from trimtab.errors import InputError, SiteError
 from trimtab.results.comparison import RecordKey
 from trimtab.sites import SitePattern, resolve_sites

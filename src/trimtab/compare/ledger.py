@@ -8,7 +8,8 @@ from typing import Literal, Protocol
 
 import polars as pl
 
-from trimtab.compare.match import Pair, Short
+from trimtab.compare._short import Short
+from trimtab.compare.match import Pair
 from trimtab.compare.plan import ComparisonPlan
 from trimtab.compare.waivers import waived_by
 from trimtab.results.comparison import (
@@ -125,7 +126,7 @@ class LedgerBook:
         for one in short:
             if one.kind != "missing":
                 self._count(one.side, one.key, one.kind, one.count)
-            if one.group:
+            if one.group and not waived_by(self._plan.waive, one.kind, one.key.text, one.key.tensor):
                 grouped[one.side, one.kind, one.group].append(one)
             else:
                 self._entries.append(self._entry(one, one.count))
@@ -133,7 +134,9 @@ class LedgerBook:
             count = sum(one.count for one in members)
             unit = "records" if members[0].key.prompt is None else "rows"
             such = f", such as {members[0].key.text}" if unit == "records" else ""
-            reason = f"{members[0].reason} ({count} {unit} of {len(members)} tensors{such})"
+            tensors = len({one.key.tensor for one in members})
+            many = f"{tensors} tensor{'s' * (tensors > 1)}" if unit == "records" else f"{len(members)} tensors"
+            reason = f"{members[0].reason} ({count} {unit} of {many}{such})"
             kind = _kind(members[0].kind)
             entry = LedgerEntry(side=_side(side), kind=kind, name=group, count=count, reason=reason)
             self._entries.append(self._waive(entry, *(one.key.text for one in members[:1])))

@@ -11,7 +11,9 @@ import numpy as np
 import polars as pl
 import torch
 
+from trimtab.compare._absent import Absent, grouped, spans
 from trimtab.compare._auxiliary import ALIGNING, Auxiliary
+from trimtab.compare._short import Short
 from trimtab.compare._sides import KEY, Ints, Side, TokenKey, Tokens
 from trimtab.compare.layout import Layout, TokenMatch
 from trimtab.errors import ComparisonError
@@ -61,21 +63,6 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Short:
-    """Items of one side that will not be compared."""
-
-    side: str
-    kind: str
-    key: RecordKey
-    count: int
-    reason: str
-    group: str = ""
-    """Entries with an equal group are reported as one."""
-    excuse: str = ""
-    """Why this is no failure."""
-
-
-@dataclass(frozen=True, slots=True)
 class Matched:
     """All pairs and everything that stays without a partner."""
 
@@ -102,11 +89,11 @@ def match(reference: Side, candidate: Side) -> Matched:
     places: list[int] = []  # of each pair, in `joined`
     short: list[Short] = []
     sides = (reference, candidate)
-    auxiliary = Auxiliary(sides)
+    auxiliary, absent = Auxiliary(sides), Absent(sides)
     for row in _rows(joined.with_row_index("place").filter(~same)):
         key, before = _key(row), len(pairs)
         if row["ids"] is None or row["ids_c"] is None:
-            short.append(_lonely(key, row, "reference" if row["ids_c"] is None else "candidate"))
+            short.append(_lonely(key, row, "reference" if row["ids_c"] is None else "candidate", absent))
         elif row["by_row"]:
             limit = limits.get((key.config, key.prompt or 0, str(key.request)))
             _match_rows(key, row, limit, sides, pairs, short)
@@ -117,7 +104,8 @@ def match(reference: Side, candidate: Side) -> Matched:
         places += [row["place"]] * (len(pairs) - before)
     if any(pair.tokens is not None for pair in pairs):
         short = [_excused(one) for one in short]
-    return Matched(_in_order(joined, same, pairs, places), tuple(short), divergences, _warnings(*sides, joined))
+    short = grouped(short)
+    return Matched(_in_order(joined, same, pairs, places), tuple(short), divergences, _warnings(sides, joined, absent))
 
 
 def _same_whole(joined: pl.DataFrame) -> pl.Series:
@@ -181,10 +169,11 @@ def token_group(key: RecordKey) -> str:
     return f"tokens prompt={key.prompt} request={key.request}" + (f" config={key.config}" if key.config else "")
 
 
-def _lonely(key: RecordKey, row: dict[str, Any], side: str) -> Short:
+def _lonely(key: RecordKey, row: dict[str, Any], side: str, absent: Absent) -> Short:
     suffix, other = ("", "candidate") if side == "reference" else ("_c", "reference")
     count = len(set().union(*row[f"positions{suffix}"])) if row["by_row"] else row[f"records{suffix}"]
-    return Short(side, "unmatched", key, count, f"the {other} has no such record")
+    short = Short(side, "unmatched", key, count, f"the {other} has no such record")
+    return short if row["by_row"] else absent.explained(short)
 
 
 def _match_whole(key: RecordKey, row: dict[str, Any]) -> Pair:
@@ -254,7 +243,7 @@ def _match_rows(
         alone = alone if limit is None else alone[alone < limit]
         if alone.size:
             other = "candidate" if label == "reference" else "reference"
-            reason = f"the {other} has no row at position {_spans(alone)}"
+            reason = f"the {other} has no row at position {spans(alone)}"
             short.append(Short(label, "unmatched", key, int(alone.size), reason))
     if limit is not None:
         keep = common < limit
@@ -332,12 +321,6 @@ def _same_digests(row: dict[str, Any]) -> bool:
     return ours == sorted(zip(row["digests_c"], map(tuple, row["positions_c"]), strict=True))
 
 
-def _spans(positions: Ints) -> str:
-    ends = np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1)
-    texts = [f"{part[0]}" if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in ends]
-    return ", ".join(texts[:4]) + (f" and {len(texts) - 4} more runs" if len(texts) > 4 else "")
-
-
 def _token_divergences(reference: Side, candidate: Side) -> tuple[TokenDivergence, ...]:
     """Where the tokens of each common request first differ.
 
@@ -380,10 +363,10 @@ def _prompt_message(
     return f"{start}at position {common[first]} {ids}{rest}"
 
 
-def _warnings(reference: Side, candidate: Side, joined: pl.DataFrame) -> tuple[str, ...]:
-    warnings = []
+def _warnings(sides: tuple[Side, Side], joined: pl.DataFrame, absent: Absent) -> tuple[str, ...]:
+    warnings = [one for one in (absent.warning(),) if one is not None]
     if joined["by_row"].any():
-        without = [side.label for side in (reference, candidate) if not side.tokens]
+        without = [side.label for side in sides if not side.tokens]
         if without:
             warnings.append(
                 f"the {' and the '.join(without)} recorded no token ids: rows are matched by position alone"

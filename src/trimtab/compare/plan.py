@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from trimtab.compare._arrange import arrange
+from trimtab.compare._short import Short
 from trimtab.compare._sides import Side, choose_configs, make_side, open_trace
 from trimtab.compare.dims import DimsRule
 from trimtab.compare.dims import parse_rules as parse_dims_rules
 from trimtab.compare.expect import Expectation, Met, check, parse_expectation, read_expectation
-from trimtab.compare.match import Matched, Pair, Short, match, token_group
+from trimtab.compare.match import Matched, Pair, match, token_group
 from trimtab.compare.rules import Rule, first_match, parse_rules
 from trimtab.compare.verdict import Calibrated, Rules, Verdict, parse_verdict
 from trimtab.compare.waivers import check_waivers, nearest_tensors

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +228,57 @@ def test_what_is_only_expected_can_be_waived(dump: Write, tmp_path: Path) -> Non
 def test_corruption_is_never_waived() -> None:
     assert waived_by(["*", "corrupt", "corrupt:*"], "corrupt", "h") is None
     assert waived_by(["h[tp]"], "skipped", "h[tp]") == "h[tp]"
+
+
+def run(write: Write, name: str, steps: Iterable[int], ranks: Iterable[int] = (0,), names: str = "abc") -> Path:
+    """A dump of some tensors by step and rank."""
+    return write(
+        name,
+        [
+            (
+                one,
+                torch.randn(4, 8, generator=torch.Generator().manual_seed(step)),
+                {"step": step, "rank": rank, "phase": "fwd_bwd"},
+            )
+            for rank in ranks
+            for step in steps
+            for one in names
+        ],
+    )
+
+
+def test_overlapping_step_ranges_are_one_entry_a_side_and_what_overlaps_is_compared(write: Write) -> None:
+    result = compare(run(write, "one", range(6)), run(write, "two", range(3, 9)))
+    assert not result.passed and result.counts["identical"] == 9
+    assert [(one.side, one.name, one.count) for one in result.ledger.entries] == [
+        ("reference", "steps 0-2", 9),
+        ("candidate", "steps 6-8", 9),
+    ]
+    assert result.ledger.entries[0].reason.startswith("the candidate has no such step; it has 3-8 (9 records of 3 tens")
+    assert result.reason.startswith("incomplete: unmatched in the reference: steps 0-2: ")
+    one, two = run(write, "three", range(6)), run(write, "four", range(3, 9))
+    assert compare(one, two, waive=["steps 0-2", "unmatched:steps 6-8"]).passed
+    some = compare(one, two, waive=["a phase=fwd_bwd step=1 *", "b"])
+    assert [(entry.count, entry.waived_by) for entry in some.ledger.entries if entry.waived_by is None] == [
+        (5, None),
+        (6, None),
+    ]
+
+
+def test_a_rank_that_one_side_lacks_is_one_entry(write: Write) -> None:
+    result = compare(run(write, "one", range(3), (0, 1)), run(write, "two", range(3)))
+    (entry,) = result.ledger.entries
+    assert (entry.side, entry.name, entry.count) == ("reference", "rank 1", 9)
+    assert "the candidate has no rank 1" in entry.reason and result.counts["identical"] == 9
+
+
+def test_different_models_are_doubted_in_one_line(write: Write) -> None:
+    result = compare(run(write, "one", range(2), names="abcd"), run(write, "two", range(2), names="axyz"))
+    assert not result.passed and result.counts["identical"] == 2
+    assert "only 1 of 4 tensors of the reference and of 4 of the candidate have the same name" in result.warnings[0]
+    assert sorted(entry.name for entry in result.ledger.entries) == list("bcdxyz")
+    assert {entry.count for entry in result.ledger.entries} == {2}
+    none = compare(run(write, "three", range(2), names="ab"), run(write, "four", range(2), names="xy"))
+    assert none.reason.startswith(
+        "nothing was compared: unmatched in the reference: a: the candidate has no such tensor"
+    )
