@@ -95,7 +95,7 @@ def render(result: WeightsAnalysis) -> str:
         "weights.html.j2",
         scripts={"plotly_js": "plotly-cartesian.min.js", "weights_js": "weights.js"},
         style=_html._asset("report.css") + _html._asset("weights.css"),
-        title=f"{made.kicker}: {result.base} and {result.tuned}",
+        title=fmt.visible(f"{made.kicker}: {result.base} and {result.tuned}"),
         created=result.created,
         sections=[*sections, ("record", "Record")],
         result=result,

@@ -91,8 +91,11 @@ class LayerProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FocusLayer:
-    """The layer where one measure changed most beyond what the controls changed: the largest mean of |delta| over the
-    directions minus that over the controls; where that is above 0 nowhere, the largest mean."""
+    """The layer where one measure changed most beyond what the controls changed.
+
+    That is the largest mean over the directions of what |delta| exceeds the controls' mean and two deviations by; where
+    nothing does, the largest mean of |delta|.
+    """
 
     measure: str
     part: str

@@ -32,7 +32,7 @@ from trimtab.weights._measures import FOCUS, describe
 from trimtab.weights._run import Settings
 from trimtab.weights._store import Store, layers_of
 from trimtab.weights.pair import Pair
-from trimtab.weights.statistics import Array, compare_groups, control_false_discoveries, peak, rank_components
+from trimtab.weights.statistics import Array, beyond, compare_groups, control_false_discoveries, peak, rank_components
 
 TOP = 20
 """Rows kept of every measure and part, and interactions at either end."""
@@ -231,8 +231,10 @@ def _focus(found: _Collected, settings: Settings) -> Iterable[FocusLayer]:
         layers = list(grid["delta"])
         means = {layer: float(np.abs(grid["delta"][layer]).mean()) for layer in layers}
         chance = {layer: float(np.abs(found.controls[part, measure, 1][layer]).mean()) for layer in layers}
-        excess = [means[layer] - chance[layer] for layer in layers]
-        if max(excess) <= 0:  # directions changed no more than controls: where all changed most
+        excess = [
+            beyond(np.abs(grid["delta"][layer]), np.abs(found.controls[part, measure, 1][layer])) for layer in layers
+        ]
+        if max(excess) == 0:  # directions changed no more than controls: where all changed most
             excess = list(means.values())
         layer, _ = peak(excess, layers)
         others = [place for place, one in enumerate(layers) if one != layer]

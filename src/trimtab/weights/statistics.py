@@ -186,6 +186,14 @@ def control_false_discoveries(tests: Sequence[GroupTest]) -> tuple[GroupTest, ..
     return tuple(replace(one, q=float(q)) for one, q in zip(tests, adjusted, strict=True))
 
 
+def beyond(values: Array, controls: Array) -> float:
+    """Return how far values exceed what controls do: the mean of `max(0, value - (mean + 2 deviations))`, [n] and [m].
+
+    One direction far out counts as much as many that are a little out; those that controls explain count nothing.
+    """
+    return float(np.maximum(values - (controls.mean() + 2 * controls.std(ddof=1)), 0.0).mean())
+
+
 def peak(values: Sequence[float], layers: Sequence[int]) -> tuple[int, float]:
     """Return the layer of the largest value, and the value; the first of equals, NaN never."""
     if not values:
