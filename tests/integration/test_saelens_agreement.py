@@ -14,7 +14,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests.unit.sae import learners
 from tests.unit.sae.factory import Learned, config, parameters, sae
+from trimtab.sae import Learner, Precision
 from trimtab.sae.files import load, save
 from trimtab.sae.model import SAE
 
@@ -34,9 +36,19 @@ THEIRS = (
     "batchtopk-training",
 )
 OURS = ("standard", "jumprelu", "topk", "gated", "batchtopk", "matryoshka-batchtopk", "matryoshka-jumprelu")
+LEARNED = tuple(kind for kind in learners.CONFIGS if "batchtopk" not in kind)
+"""The latents that a BatchTopK training sees depend on its batch; after it they go by a threshold."""
 NORM = 3.4
 # Both compute in float32 and in one order of operations; SAELens's folds round a weight once more.
 CLOSE = {"rtol": 2e-5, "atol": 2e-6}
+
+
+def trained(kind: str) -> Learner:
+    """A learner with random scales after some steps of float32 training."""
+    one = learners.learner(kind, precision=Precision(), scales=learners.scales(7))
+    for batch in learners.batches(20):
+        one.step(batch.float())
+    return one
 
 
 @pytest.fixture(scope="module")
@@ -69,8 +81,17 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[dict[st
         )
         save(crossing, folder / f"our {kind} transcoder")
         jobs[f"our {kind} transcoder"] = {"do": "load", "dir": str(folder / f"our {kind} transcoder")}
+    fresh = torch.cat(learners.batches(2))
+    save_file({"x": fresh * NORM}, folder / "learned-x.safetensors")
+    for kind in LEARNED:
+        one = trained(kind)
+        save_file({"z": one.latents(fresh), "y": one.reconstruct(fresh)}, folder / f"{kind}.learner")
+        save(SAE.of(one, norm=NORM, site="layers.3.resid_post"), folder / f"learned {kind}")
+        place, x = str(folder / f"learned {kind}"), str(folder / "learned-x.safetensors")
+        jobs[f"learned {kind}"] = {"do": "load", "dir": place, "x": x}
     for name, job in jobs.items():
-        job |= {"x": str(folder / "x.safetensors"), "out": str(folder / f"{name}.out")}
+        job["out"] = str(folder / f"{name}.out")
+        job.setdefault("x", str(folder / "x.safetensors"))
     done = subprocess.run(
         [sys.executable, str(PROGRAM), str(ORACLE)],
         input=json.dumps(list(jobs.values())),
@@ -113,6 +134,20 @@ def test_what_is_written_here_runs_the_same_in_saelens(answers: Any, kind: str) 
     torch.testing.assert_close(ours(x), theirs["y"], **CLOSE)
     assert torch.equal(ours.encode(x) > 0, theirs["z"] > 0)
     assert 0 < int((theirs["z"] > 0).sum()) < theirs["z"].numel()
+
+
+@pytest.mark.parametrize("kind", LEARNED)
+def test_saelens_computes_what_a_scaled_training_computed(answers: Any, kind: str) -> None:
+    """Parameters are stored with scales and trained on normalised activations; SAELens gets hidden units."""
+    answer, theirs, folder = answers[f"learned {kind}"]
+    assert "error" not in answer, answer
+    ours = load_file(folder.parent / f"{kind}.learner")
+    same = (theirs["z"] > 0) == (ours["z"] > 0)
+    assert float(same.double().mean()) > 0.999, "at most a latent at its threshold falls on the other side"
+    torch.testing.assert_close(theirs["z"][same], ours["z"][same] * NORM, rtol=1e-3, atol=1e-4)
+    whole = same.all(dim=1)
+    torch.testing.assert_close(theirs["y"][whole], ours["y"][whole] * NORM, rtol=1e-3, atol=1e-3)
+    assert 0 < float((ours["z"] > 0).double().mean()) < 1
 
 
 @pytest.mark.parametrize("kind", OURS)

@@ -150,7 +150,8 @@ def _run(run: SAERun) -> TrainingView:
         for title, values in (("FVU", [check.fvu for check in one.checks]), ("L0", [check.l0 for check in one.checks])):
             name = f"{title}, {one.name}" if len(run.saes) > 1 else title
             panels.append(panel_of(name, {"other": (title, list(zip(steps, values, strict=True)))}))
-    headline = f"{fmt.count(len(run.saes), 'autoencoder')} trained for {run.steps:,} of {run.total_steps:,} steps"
+    of = f" of {run.total_steps:,}" if run.steps < run.total_steps else ""
+    headline = f"{fmt.count(len(run.saes), 'autoencoder')} trained for {run.steps:,}{of} steps"
     if best is not None:
         headline += f"; {best[0]} leaves {fmt.number(best[1].fvu)} of the variance unexplained"
     return TrainingView(

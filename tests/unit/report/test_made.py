@@ -60,8 +60,7 @@ def test_a_cleaning_says_what_was_removed_and_what_it_cost() -> None:
 def test_a_run_of_autoencoders_shows_its_course_and_its_flags() -> None:
     seen = _made.view(factory.sae_run())
     assert seen.headline == (
-        "2 autoencoders trained for 2,000 of 2,000 steps; layers.4.resid_post-512 leaves 0.0244 of the variance "
-        "unexplained"
+        "2 autoencoders trained for 2,000 steps; layers.4.resid_post-512 leaves 0.0244 of the variance unexplained"
     )
     assert answers(factory.sae_run())["Did it run well?"][0] == "1 red flag"
     assert [panel.title for panel in seen.panels] == [
