@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,6 +96,38 @@ def test_these_options_matter(family: str, options: dict[str, Any], tmp_path: Pa
     variant(family, tmp_path / "other", **options)
     one, other = (LayerMath(load(tmp_path / name).layer(1)).qk(rows(), rows(), 5) for name in ("plain", "other"))
     assert distance(one, other) > 0.02
+
+
+OLDER = [
+    (
+        "gemma3",
+        {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        ([10 ** (-i / 2) for i in range(8)], [10 ** (-6 * i / 8) / 8 for i in range(8)]),
+    ),
+    (
+        "qwen2_vl",
+        {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}},
+        ([10 ** (-6 * i / 8) for i in range(8)],) * 2,
+    ),
+    ("gpt_neox", {"rotary_emb_base": 100, "rotary_pct": 0.5}, ([10 ** (-i / 2) for i in range(4)],) * 2),
+]
+
+
+@pytest.mark.parametrize(("family", "published", "expected"), OLDER, ids=["gemma3", "qwen2_vl", "gpt_neox"])
+def test_rotary_parameters_of_older_configurations(
+    family: str, published: dict[str, Any], expected: tuple[list[float], ...], saved: Saved, tmp_path: Path
+) -> None:
+    """Published config.json files still hold rope_theta and rope_scaling; Gemma 3 scales its global layers only."""
+    shutil.copytree(saved(family)[1], tmp_path / family)
+    written = json.loads((tmp_path / family / "config.json").read_text())
+    text = written.get("text_config", written)
+    text.pop("rope_parameters")
+    text.update(published)
+    (tmp_path / family / "config.json").write_text(json.dumps(written))
+    for layer in range(2):
+        table = load(tmp_path / family).layer(layer).rotary()
+        assert table.factor == 1
+        torch.testing.assert_close(table.frequencies, torch.tensor(expected[layer]), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama4", "gpt_neox", "phi3", "gemma3"])
