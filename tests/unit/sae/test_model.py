@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.unit.sae import learners
 from tests.unit.sae.factory import D_IN, D_SAE, Learned, config, parameters, sae
 from trimtab.errors import InputError, VectorError
 from trimtab.sae.model import SAE
@@ -139,3 +140,17 @@ def test_parts_that_do_not_fit_are_refused(changes: dict[str, Any], message: str
 def test_a_norm_is_a_number_above_zero(norm: float) -> None:
     with pytest.raises(InputError, match="a finite number above 0"):
         sae().in_units_of(norm)
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "matryoshka-batchtopk"])
+def test_a_trained_batchtopk_goes_by_its_threshold(kind: str) -> None:
+    """k latents on average over the batch in training, about as many by the threshold after it."""
+    one = learners.learner(kind, scales=learners.scales(3))
+    for batch in learners.batches(300):
+        one.step(batch)
+    found = SAE.of(one, norm=2.0)
+    assert found.architecture == "jumprelu"
+    assert found.threshold is not None
+    assert len(found.threshold.unique()) == 1 and float(found.threshold[0]) > 0
+    fresh = torch.cat(learners.batches(4))
+    assert float((found.encode(fresh * 2.0) > 0).double().sum(dim=1).mean()) == pytest.approx(5, rel=0.3)
