@@ -66,7 +66,8 @@ def evaluate(claim: dict[str, Any], measured: Measured) -> dict[str, Any]:
 
     `at_least` holds when the median reaches the bound; `at_most` when it stays within it; `overhead` (a fraction) when
     the upper end of its interval is under the bound plus the A/A half-width, and is undecided when that half-width
-    exceeds the bound. Fewer repetitions than the claim asks for never hold.
+    exceeds the bound. Fewer repetitions than the claim asks for never hold. A claim that `needs` a feature of the
+    processor says so where it fails without it; it does not hold there.
     """
     value, low, high = interval(measured.samples)
     enough = len(measured.samples) >= claim["repetitions"]
@@ -81,6 +82,8 @@ def evaluate(claim: dict[str, Any], measured: Measured) -> dict[str, Any]:
     else:
         holds = value >= claim["bound"] if claim["direction"] == "at_least" else value <= claim["bound"]
         state = "yes" if holds else "no"
+    if state == "no" and claim.get("needs") and claim["needs"] not in _cpu():
+        state = f"this processor has no {claim['needs']}"
     return {
         "name": claim["name"],
         "value": value,
@@ -127,10 +130,14 @@ def overhead(
     return found, control
 
 
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    return info.read_text(errors="replace") if info.is_file() else ""
+
+
 def machine() -> dict[str, Any]:
     """Return what the figures depend on."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text(errors="replace") if info.is_file() else ""
+    text = _cpu()
     model = next((line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")), "")
     return {
         "platform": platform.platform(),

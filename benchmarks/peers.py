@@ -22,16 +22,28 @@ PEERS = {
 }
 
 
+AUTOENCODERS = {
+    "sae_lens": ("sae-lens==6.54.12", "torch==2.13.0"),
+    "dictionary_learning": ("dictionary-learning==0.1.0", "transformers==4.49.0", "torch==2.13.0"),
+}
+"""Trainers of autoencoders, which `sae_throughput.py` runs."""
+
+
+def home(peer: str) -> Path:
+    """Return the directory of a peer's environment."""
+    return ENVIRONMENTS / peer
+
+
 def python(peer: str, packages: tuple[str, ...]) -> str:
     """Return the interpreter of a peer's environment, made when it is not there."""
     if not packages:
         return sys.executable
-    home = ENVIRONMENTS / peer
-    interpreter = home / "bin" / "python"
-    if not (home / ".installed").exists():
-        subprocess.run([sys.executable, "-m", "venv", str(home)], check=True)
+    folder = home(peer)
+    interpreter = folder / "bin" / "python"
+    if not (folder / ".installed").exists():
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *packages], check=True)
-        (home / ".installed").touch()
+        (folder / ".installed").touch()
     return str(interpreter)
 
 
@@ -49,6 +61,9 @@ def main() -> None:
             continue
         ratios = json.loads(done.stdout.splitlines()[-1])["ratios"]
         print(f"{peer:20} {statistics.median(ratios):52.3f}", flush=True)
+    for peer, packages in AUTOENCODERS.items():
+        python(peer, packages)
+    subprocess.run([sys.executable, str(FOLDER.parent / "sae_throughput.py")], check=False)
 
 
 if __name__ == "__main__":

@@ -126,6 +126,11 @@ CALLS = [
         "tt.report(trimtab.sae.evaluate(['a', 'b'], data='t.txt', tokens=500, latents=[3, 4]), 's.html')",
     ),
     (
+        "sae train synthetic:256x64:8 --out r --d-sae 512 1024 --lower-dtype bf16 --target-l0 9 --early-exit 5 --max-norm 0",
+        "trimtab.sae.train('synthetic:256x64:8', out='r', max_norm=None, d_sae=[512, 1024], target_l0=9.0, "
+        "lower_dtype='bf16', early_exit=5)",
+    ),
+    (
         "sae precision synthetic:256x64 --d-sae 512 --dtype fp16 --adam-trick --batches 2",
         "trimtab.sae.check_precision('synthetic:256x64', batches=2, d_sae=[512], dtype='fp16', adam_trick=True)",
     ),

@@ -124,3 +124,18 @@ def test_sigterm_saves_exits_with_3_and_the_same_command_goes_on(tmp_path: Path)
     assert done.returncode == 0
     first_step = json.loads(done.stdout.splitlines()[0])["step"]
     assert saved < first_step <= saved + 5
+
+
+def test_the_plan_that_ships_is_one_for_commits_and_its_commands_are_taken(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from trimtab.workflows.commits.plan import read_plan
+
+    plan = read_plan(Path(__file__).parents[3] / "examples" / "sae-commits.yaml")
+    for command in plan.commands:
+        words = command.fill({"steps": 50, "seed": 1, "out": "o", "worktree": "w"})[-1].split()
+        assert words[:3] == ["trimtab", "sae", "train"]
+        assert main([*words[1:], "--print-python"]) == 0
+        assert "early_exit=50" in capsys.readouterr().out
+    asked = {(one.metric, one.min, one.max) for one in plan.rules}
+    assert {("recon", None, 0.27), ("grad_norm", 1e-8, 1e2)} <= asked
