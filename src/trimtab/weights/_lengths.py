@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 
 class Apart(NamedTuple):

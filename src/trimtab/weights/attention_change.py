@@ -91,10 +91,16 @@ def _affinities(context: Context) -> tuple[list[Change], Cross]:
 
 def _logits(math: LayerMath, units: Tensor, offset: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the logits of (x, x) and of (x, -x) by head, float64 [heads, n], and of all pairs the mean over heads."""
-    scores = math.qk(units, torch.cat([units, -units]), offset)
-    count = len(units)
-    own, opposite = (torch.diagonal(part, dim1=1, dim2=2).double().cpu() for part in torch.split(scores, count, dim=2))
-    return own, opposite, scores[:, :, :count].mean(dim=0).float().cpu()
+    scores = math.qk(units, units, offset)
+    own, mean = _diagonal(scores), scores.mean(dim=0).float().cpu()
+    del scores  # the largest tensor of all
+    if _is_odd(math.weights, ("q", "k")):
+        return own, -own, mean
+    return own, _diagonal(math.qk(units, -units, offset)), mean
+
+
+def _diagonal(scores: Tensor) -> Tensor:
+    return torch.diagonal(scores, dim1=1, dim2=2).double().cpu()
 
 
 def _promotions(context: Context) -> tuple[list[Change], Cross, float]:
@@ -131,12 +137,12 @@ def _written(context: Context, rows: Tensor) -> dict[tuple[str, str], Tensor]:
     )
     found["total", "change"] = apart(sides["base"].total, sides["tuned"].total).change
     for side, math in (("base", context.base), ("tuned", context.tuned)):
-        odd = _is_odd(math.weights)
+        odd = _is_odd(math.weights, ("v", "o"))
         found["opposite", side] = found["total", side] if odd else inner(math.vo(-rows).total, -rows)
     return found
 
 
-def _is_odd(weights: LayerWeights) -> bool:
-    """Whether the opposite of a direction writes exactly the opposite: no bias and no gate is in the way."""
+def _is_odd(weights: LayerWeights, names: tuple[str, ...]) -> bool:
+    """Whether matrices make exactly the opposite of the opposite direction: no bias and no gate is in the way."""
     plain = weights.numerics.norm != "layernorm" and "q_gate" not in weights
-    return plain and all(weights.bias(name) is None for name in ("v", "o"))
+    return plain and all(weights.bias(name) is None for name in names)

@@ -15,7 +15,6 @@ from trimtab.weights._run import Context
 from trimtab.weights.run import WeightsRun
 
 PART = "mlp"
-_PIECE = 256
 
 
 def measure_mlp(base: str | Path, tuned: str | Path, directions: Any, **options: Unpack[Options]) -> WeightsRun:
@@ -43,14 +42,13 @@ def measure_mlp(base: str | Path, tuned: str | Path, directions: Any, **options:
 
 
 def measure_layer(context: Context) -> LayerPart:
-    """Measure one layer's MLP for all directions and all opposites in one pass."""
+    """Measure one layer's MLP for all directions, then for all opposites."""
     settings, units = context.settings, context.units
-    count = len(units)
-    signed = torch.cat([units, -units])
-    before, after = context.base.mlp(signed), context.tuned.mlp(signed)
-    size = float(before.norm(dim=1).max())
-    changes = [*_changes(before[:count], after[:count], units, 1), *_changes(before[count:], after[count:], -units, -1)]
-    cross = Cross(part=PART, delta=((after[:count] - before[:count]) @ units.T).float().cpu())
+    before, after = context.base.mlp(units), context.tuned.mlp(units)
+    changes = _changes(before, after, units, 1)
+    size = changes[0].scale
+    cross = Cross(part=PART, delta=((after - before) @ units.T).float().cpu())
+    changes += _changes(context.base.mlp(-units), context.tuned.mlp(-units), -units, -1)
     rows = direction_rows(context.layer, changes, settings.directions, settings.reference, context.unit)
     pairs = pair_rows(
         context.layer, cross, settings.directions, settings.reference, context.unit, settings.pairs, scale=size
