@@ -43,6 +43,7 @@ from trimtab.results.runs import (
     SweepConfigState,
     SweepRun,
 )
+from trimtab.results.sae import SAERun, SAEStepLine
 from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation, SAEExport
 from trimtab.results.stress import Stress
 from trimtab.results.training import QueueEstimate, QueueRun, RateSweep, Training
@@ -94,6 +95,8 @@ __all__ = [
     "RowSeries",
     "SAEEvaluation",
     "SAEExport",
+    "SAERun",
+    "SAEStepLine",
     "SideCount",
     "Stress",
     "SweepConfigState",
