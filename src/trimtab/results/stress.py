@@ -8,6 +8,21 @@ from typing import Literal
 STRESS_VERSION = 1  # 1: first version
 
 KneeStatus = Literal["found", "above the largest", "undecided"]
+StressMethod = Literal[
+    "mean_difference",
+    "contrastive",
+    "raw",
+    "pca",
+    "logistic",
+    "mass_mean",
+    "lda",
+    "contamination",
+    "manifold",
+    "dual",
+    "trained",
+]
+"""`contrastive` is another name of `mean_difference`; `raw` is the mean of the positive states, without any contrast;
+`contamination`, `manifold` and `dual` clean the mean difference; `trained` is BiPO on the pairs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

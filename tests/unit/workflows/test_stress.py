@@ -18,7 +18,7 @@ from trimtab.results.stress import Stress
 from trimtab.testbed import CONCEPTS, TONES, lexicon
 from trimtab.workflows.stress import stress
 from trimtab.workflows.stress.outputs import is_coherent
-from trimtab.workflows.stress.sources import PROMPTS, contrasted, half_words
+from trimtab.workflows.stress.sources import PROMPTS, contrasted, part_words
 from trimtab.workflows.stress.sources import testbed_attribute as make_attribute
 
 TINY: dict[str, Any] = {
@@ -46,19 +46,21 @@ def tiny(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Stress:
 
 def test_the_two_scorers_share_no_word_and_the_prompts_hold_none() -> None:
     for name in (*CONCEPTS, *TONES):
-        halves = [half_words(name, half) for half in (0, 1)]
-        assert not halves[0] & halves[1]
-        assert halves[0] | halves[1] == lexicon.evidence_words(name)
-        assert all(lexicon.evidence_words(name).isdisjoint(lexicon.tokenize(one)) for one in PROMPTS)
+        parts = [part_words(name, part) for part in (0, 1)]
+        assert not parts[0] & parts[1]
+        expected = frozenset(lexicon.VERBS.get(name, ())) | lexicon.evidence_words(name)  # type: ignore[call-overload]
+        assert parts[0] | parts[1] == expected
+        assert all(expected.isdisjoint(lexicon.tokenize(one)) for one in PROMPTS)
+    assert part_words("cheerful", 0) & frozenset(lexicon.ADVERBS["cheerful"])
+    assert part_words("cheerful", 1) & frozenset(lexicon.ADVERBS["cheerful"])
 
 
 def test_delta_is_the_share_less_the_mean_share_of_the_others_on_the_continuation_alone() -> None:
     one = make_attribute("animal", 2, 0)
-    first, second = sorted(lexicon.evidence_words("animal"))[:2]
-    lamp = sorted(lexicon.evidence_words("object"))[0]
-    outputs = [Output(question="the " + first, text=text) for text in (f"the {first}.", f"the {lamp}", f"the {second}")]
-    assert contrasted(one.delta, "animal", outputs) == pytest.approx([1.0, -0.25, 0.0])
-    assert contrasted(one.judge, "animal", outputs) == pytest.approx([0.0, 0.0, 1.0])
+    texts = ("the fox.", "the lamp", "it slept", "it fell", "the river", "the fox vanished and the lamp vanished")
+    outputs = [Output(question="the fox slept", text=text) for text in texts]
+    assert contrasted(one.delta, "animal", outputs) == pytest.approx([1.0, -0.25, 0.0, 0.0, 0.0, 0.375])
+    assert contrasted(one.judge, "animal", outputs) == pytest.approx([0.0, 0.0, 1.0, -0.25, 0.0, -0.25])
 
 
 def test_coherent_as_defined() -> None:

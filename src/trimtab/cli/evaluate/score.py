@@ -49,19 +49,24 @@ def score(
         kwargs["retention"] = read_prompts((), retention_file)
     kwargs |= {name: one for name, one, usual in (("budget", budget, 1.5), ("seed", seed, 0)) if one != usual}
     if judge:
-        kwargs["judge"] = dict(_setting(text) for text in judge)
+        kwargs["judge"] = dict(setting(text) for text in judge)
     return run(Call(function="trimtab.evaluate.score", args=(path, scorer), kwargs=kwargs), output, html=html)
 
 
-def _setting(text: str) -> tuple[str, Any]:
+def setting(text: str, option: str = "--judge") -> tuple[str, Any]:
+    """Return name and value of a judge's setting; `rubric=@FILE` is read.
+
+    Raises:
+        InputError: no KEY=VALUE, or a file that cannot be read.
+    """
     name, equals, value = text.partition("=")
     if not equals or not name:
-        raise InputError(f"--judge {text!r}: write KEY=VALUE, such as --judge model=NAME")
+        raise InputError(f"{option} {text!r}: write KEY=VALUE, such as {option} model=NAME")
     if name == "rubric" and value.startswith("@"):
         try:
             return name, Path(value[1:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--judge {text!r}: the file cannot be read: {error}") from error
+            raise InputError(f"{option} {text!r}: the file cannot be read: {error}") from error
     try:
         number = jsonio.loads(value)
     except InputError:

@@ -25,6 +25,7 @@ def extract(
     sae: Path | None = None,
     max_length: int | None = None,
     num_controls: int = 20,
+    choose: Literal["steering", "auc"] = "steering",
     seed: int = 0,
     model: Annotated[str, Parameter(alias="-m")] = "testbed",
     dtype: Dtype = "float32",
@@ -47,6 +48,7 @@ def extract(
         sae: file of a sparse autoencoder.
         max_length: cut examples after this many tokens.
         num_controls: control directions of each kind at every site.
+        choose: the best site by what adding its vector does to held-out examples, or by what it separates.
         seed: of the split and the controls.
         model: a directory, a hub id, or "testbed" for the embedded model.
         dtype: the model's dtype.
@@ -62,6 +64,7 @@ def extract(
         "dtype": (dtype, "float32"),
         "batch_size": (batch_size, 8),
         "num_controls": (num_controls, 20),
+        "choose": (choose, "steering"),
         "seed": (seed, 0),
     }
     kwargs = given(out=out, sae=sae, max_length=max_length, device=device)
@@ -81,16 +84,19 @@ def _share(text: str) -> float | str:
 
 def _table(report: Any) -> str:
     lines = [f"{report.method} on {report.data}, {_count(report.train)}; held out: {_count(report.validation)}", ""]
-    head = ("site", "norm", "median |h|", "auc", "accuracy", "separation", "controls' auc (95 %)")
+    head = ("site", "norm", "median |h|", "auc", "accuracy", "separation", "effect", "controls' auc (95 %)")
     rows = [head]
     for one in report.sites:
         limits = (one.random_auc, one.covariance_auc, one.shuffled_auc)
-        numbers = (one.norm, one.median_norm, one.auc, one.accuracy, one.separation)
+        numbers = (one.norm, one.median_norm, one.auc, one.accuracy, one.separation, one.effect)
         rows.append((one.site, *map(_number, numbers), " ".join(map(_number, limits))))
     widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += [*(f"note: {note}" for note in report.notes), ""]
-    lines.append(f"best: {report.best or 'not known, nothing was held out'}" + (f"; {report.path}" * bool(report.path)))
+    by = f" (by {report.chosen_by})" if report.chosen_by else ""
+    lines.append(
+        f"best: {report.best or 'not known, nothing was held out'}{by}" + (f"; {report.path}" * bool(report.path))
+    )
     return "\n".join(lines)
 
 

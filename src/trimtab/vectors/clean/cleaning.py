@@ -22,7 +22,13 @@ from trimtab.sites import Site
 from trimtab.steering import SteeringVector
 from trimtab.vectors.clean.accuracy import accuracy
 from trimtab.vectors.clean.config import CleanConfig
-from trimtab.vectors.clean.contamination import Contamination, from_concepts, from_neutral, pairwise_cosines
+from trimtab.vectors.clean.contamination import (
+    Contamination,
+    from_concepts,
+    from_neutral,
+    keep_accurate,
+    pairwise_cosines,
+)
 from trimtab.vectors.clean.linear import Matrix, remove
 from trimtab.vectors.clean.manifold import Manifold, task_manifold
 from trimtab.vectors.clean.states import pooled_states
@@ -194,7 +200,7 @@ def _measure(
             removed[site] = from_concepts(rows, config.k, normalise_rows=normalise, published=config.published)
     elif config.has_contamination:
         assert backend is not None
-        states = pooled_states(backend, _texts(neutral), sites, pool=pool, what="neutral texts")
+        states = pooled_states(backend, read_texts(neutral), sites, pool=pool, what="neutral texts")
         for site, found in states.items():
             here = [(_array(loaded[name]), data) for name, data in labelled.items() if loaded[name].site == site]
             removed[site], said = _neutral(found, here, config)
@@ -217,15 +223,13 @@ def _neutral(
         return found, ""
     if not here:
         return found, f"the permutation test chose k={found.k}, and no data were given to see what that costs"
-    before = [accuracy(vector, data.fit, data.fit) for vector, data in here]
-    for k in range(1, found.k + 1):
-        after = [accuracy(remove(vector, found.basis[:k]), data.fit, data.fit) for vector, data in here]
-        if max(old - new for old, new in zip(before, after, strict=True)) > config.max_loss:
-            return found.first(k - 1), (
-                f"{found.k} directions are more than chance; {k - 1} were removed, because the next one costs a vector "
-                f"more than {config.max_loss:g} of its accuracy"
-            )
-    return found, ""
+    kept = keep_accurate(found, [(vector, data.fit) for vector, data in here], config.max_loss)
+    if kept.k == found.k:
+        return found, ""
+    return kept, (
+        f"{found.k} directions are more than chance; {kept.k} were removed, because the next one costs a vector more "
+        f"than {config.max_loss:g} of its accuracy"
+    )
 
 
 def _label(name: str, data: ContrastData, vector: SteeringVector, backend: Backend, pool: Pool, seed: int) -> _Labelled:
@@ -244,7 +248,12 @@ def _label(name: str, data: ContrastData, vector: SteeringVector, backend: Backe
     )
 
 
-def _texts(neutral: Any) -> list[Example]:
+def read_texts(neutral: Any) -> list[Example]:
+    """Return texts of a .txt file (one a line), of a list, or of contrast data, whose labels are ignored.
+
+    Raises:
+        InputError: they cannot be read.
+    """
     if isinstance(neutral, (str, os.PathLike)) and Path(neutral).suffix == ".txt":
         try:
             lines = Path(neutral).read_text(encoding="utf-8").splitlines()

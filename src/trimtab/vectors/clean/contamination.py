@@ -11,11 +11,13 @@ Two sources, at the site of the vectors:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from trimtab.errors import InputError
+from trimtab.vectors.clean.accuracy import accuracy
 from trimtab.vectors.clean.linear import Decomposition, Matrix, decompose, prepare, remove
 
 
@@ -135,6 +137,24 @@ def from_neutral(
     p_values = _permutation_test(matrix, found, most, permutations, alpha, seed)
     accepted = sum(p <= alpha for p in p_values)
     return replace(_of(found, accepted, n), p_values=p_values)
+
+
+def keep_accurate(
+    found: Contamination, vectors: Sequence[tuple[Matrix, tuple[Matrix, Matrix]]], max_loss: float
+) -> Contamination:
+    """Return the leading directions before the first one that costs a vector more than `max_loss` of its accuracy.
+
+    Args:
+        found: the subspace.
+        vectors: vector [d] and the positive and negative states [n, d] that it is to tell apart.
+        max_loss: balanced accuracy that may be lost.
+    """
+    before = [accuracy(vector, states, states) for vector, states in vectors]
+    for k in range(1, found.k + 1):
+        after = [accuracy(remove(vector, found.basis[:k]), states, states) for vector, states in vectors]
+        if max(old - new for old, new in zip(before, after, strict=True)) > max_loss:
+            return found.first(k - 1)
+    return found
 
 
 def pairwise_cosines(vectors: Matrix) -> Matrix:

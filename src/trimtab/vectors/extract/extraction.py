@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -22,11 +22,13 @@ from trimtab.results.vectors import ExtractionReport, SiteEvidence
 from trimtab.sites import Site
 from trimtab.steering import SteeringVector
 from trimtab.vectors.data import ContrastData, Encoder, Pool, load, split_fractions
+from trimtab.vectors.extract.effect import steering_effects
 from trimtab.vectors.extract.methods import METHODS, Method
 from trimtab.vectors.extract.run import Run
 from trimtab.vectors.extract.sae import SAE
 from trimtab.vectors.extract.stream import Stream, quiet
 
+Choice = Literal["steering", "auc"]
 MethodName = Literal["mean_difference", "pca", "logistic", "mass_mean", "lda", "sae"]
 
 
@@ -89,6 +91,7 @@ def extract(
     batch_size: int = 8,
     max_length: int | None = None,
     num_controls: int = 20,
+    choose: Choice = "steering",
     sae: str | os.PathLike[str] | None = None,
     positive: str = "pos",
     negative: str = "neg",
@@ -110,6 +113,8 @@ def extract(
         batch_size: examples of one forward pass.
         max_length: cut examples after this many tokens.
         num_controls: control directions of each kind, at every site.
+        choose: how the best site is found on the held-out examples: "steering", by what adding the vector does to their
+            likelihoods (two more passes a site), or "auc", by what the vector separates.
         sae: safetensors file with W_enc [D, latents], b_enc, W_dec [latents, D] and b_dec (and threshold), for "sae".
         positive: label that vectors point towards, when `data` is yet to be read.
         negative: label that they point away from, likewise.
@@ -125,6 +130,8 @@ def extract(
         NotAppliedError: fewer than two activations came from a site.
     """
     chosen = _method(method, sae)
+    if choose not in get_args(Choice):
+        raise InputError(f"choose is {choose!r}; one of {', '.join(get_args(Choice))} was expected")
     everything = load(data, positive=positive, negative=negative).contrast()
     everything.require_contrast()
     train, held_out = _parts(everything, validation, seed, positive, negative)
@@ -145,6 +152,13 @@ def extract(
             "provenance": provenance.collect(model=backend.model_id, data=train.name, model_dtype=backend.info.dtype),
         }
         evidence = run.evidence(readings)
+        vectors = run.vectors(evidence, recipe, about)
+        effects: Mapping[Site, float] = {}
+        why = ""
+        if choose == "steering" and held_out is not None:
+            effects, why = steering_effects(backend, vectors, held_out, encoder)
+        evidence = {site: replace(one, effect=effects.get(site)) for site, one in evidence.items()}
+        best, chosen_by = _best(evidence)
         report = ExtractionReport(
             model=backend.model_id,
             model_digest=backend.info.weights_digest,
@@ -156,11 +170,11 @@ def extract(
             train=count,
             validation=held_count,
             sites=tuple(evidence.values()),
-            best=_best(evidence),
+            best=best,
+            chosen_by=chosen_by,
             pass_seconds=seconds,
-            notes=run.notes(),
+            notes=(*run.notes(), *([f"{why}; the site was chosen by auc"] if why else [])),
         )
-    vectors = run.vectors(evidence, recipe, about)
     extraction = Extraction(vectors=vectors, controls=run.controls(recipe, about), report=report)
     return extraction if out is None else extraction.save(out)
 
@@ -223,11 +237,15 @@ def _require_enough(data: ContrastData, name: str, method: Method) -> None:
             )
 
 
-def _best(evidence: Mapping[Site, SiteEvidence]) -> str | None:
-    if len(evidence) == 1:
-        return next(iter(evidence.values())).site
-    scored = [(one.auc, one.separation or 0.0, one.site) for one in evidence.values() if one.auc is not None]
-    return max(scored, key=lambda one: one[:2])[2] if scored else None
+def _best(evidence: Mapping[Site, SiteEvidence]) -> tuple[str | None, Literal["steering", "auc", ""]]:
+    """The best site, and what it is best by."""
+    listed = list(evidence.values())
+    if all(one.effect is not None for one in listed):
+        return max(listed, key=lambda one: one.effect or 0.0).site, "steering"
+    scored = [(one.auc, one.separation or 0.0, one.site) for one in listed if one.auc is not None]
+    if scored:
+        return max(scored, key=lambda one: one[:2])[2], "auc"
+    return (listed[0].site if len(listed) == 1 else None), ""
 
 
 def _file_name(site: Site) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,21 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from trimtab._base import jsonio, provenance
-from trimtab._base.files import FileLock, atomic_write_text
+from trimtab._base.files import FileLock
 from trimtab._base.progress import Progress, progress
-from trimtab.backends import Backend, open_backend
 from trimtab.directions import random_control
-from trimtab.errors import InputError, RecipeError, UnfinishedError
+from trimtab.errors import UnfinishedError
 from trimtab.evaluate.scorers import Scorer
-from trimtab.results import to_dict
 from trimtab.results.stress import Stress, StressPlan
 from trimtab.steering import SteeringVector
-from trimtab.vectors import extract
-from trimtab.vectors.clean.states import pooled_states
+from trimtab.vectors.clean import read_texts
 from trimtab.vectors.data import ContrastData, Pool
-from trimtab.workflows.stress import summary
+from trimtab.workflows.stress import begin, summary
 from trimtab.workflows.stress.figures import f1
+from trimtab.workflows.stress.methods import Make, Workshop, check_methods
 from trimtab.workflows.stress.outputs import Block, Blocks, Maker, Unit
 from trimtab.workflows.stress.sources import (
     PROMPTS,
@@ -36,14 +32,11 @@ from trimtab.workflows.stress.sources import (
     Attribute,
     file_attribute,
     testbed_attribute,
+    testbed_neutral,
 )
 
 SIZES = (2, 4, 8, 16, 32, 64)
 STRENGTHS = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0)
-PLAN = "stress.json"
-
-Make = Callable[[Backend, ContrastData], Mapping[Any, SteeringVector]]
-"""A method of one's own: (model, contrast data) -> a vector a site."""
 
 
 def stress(
@@ -65,10 +58,12 @@ def stress(
     pool: Pool = "all",
     unit: Unit = "token_norm",
     scale: float = 0.1,
-    controls: int = 20,
+    controls: int = 100,
     data: Mapping[str, Any] | None = None,
-    delta: Mapping[str, Scorer] | None = None,
-    judge: Mapping[str, Scorer] | None = None,
+    delta: Mapping[str, str | Scorer] | None = None,
+    judge: Mapping[str, str | Scorer] | None = None,
+    judge_settings: Mapping[str, Any] | None = None,
+    neutral: Any = None,
     label_noise: float = 0.0,
     linear: bool = False,
     seed: int = 0,
@@ -93,7 +88,8 @@ def stress(
         max_tokens: length of a continuation; an end-of-text token does not end it, so that all have as much room for
             evidence.
         temperature: of the sampling.
-        methods: methods of `vectors.extract`, side by side.
+        methods: ways to make a vector, side by side: those of `vectors.extract`, "raw" (the mean of the positive
+            states), "contamination", "manifold" and "dual" (the mean difference, cleaned), "trained" (BiPO).
         own_methods: name -> a function that makes vectors, beside them.
         sites: where vectors are made and added: all of these at once.
         pool: tokens whose states count: "assistant", "last" or "all".
@@ -102,8 +98,10 @@ def stress(
         scale: what strength 1 is.
         controls: random directions, steered and scored like the vectors.
         data: name -> contrast data, for other models; a quarter of the questions is held out.
-        delta: name -> scorer, whose value minus the mean of the others' is delta.
-        judge: name -> scorer on other evidence than delta's.
+        delta: name -> scorer, or its text as in `evaluate.score`, whose value minus the mean of the others' is delta.
+        judge: name -> scorer on other evidence than delta's, likewise.
+        judge_settings: of scorers that are the text "judge"; {attribute} in their rubric is the name.
+        neutral: texts about nothing in particular, from which "contamination" and "dual" learn; the testbed has some.
         label_noise: share of the testbed's training pairs whose labels are exchanged.
         linear: find the knee by a plain scan.
         seed: of texts, samplers, controls and intervals.
@@ -130,16 +128,21 @@ def stress(
     given = {"dtype": dtype, "batch_size": batch_size} | ({"device": device} if device is not None else {})
     names = tuple(attributes) or tuple(data or TESTBED_ATTRIBUTES)
     texts = tuple(prompts or PROMPTS)[:num_prompts]
-    _check(model, sizes, strengths, texts, seeds, max_seeds, temperature, methods, own_methods, data)
+    begin.check(model, sizes, strengths, texts, seeds, max_seeds, temperature, data)
+    plain = (
+        testbed_neutral(seed) if neutral is None and data is None else [] if neutral is None else read_texts(neutral)
+    )
+    check_methods(methods, own_methods or {}, plain)
     listed = [
         testbed_attribute(name, max(sizes), seed, label_noise)
         if data is None
-        else file_attribute(name, _source(data, name), seed, delta or {}, judge or {})
+        else file_attribute(name, begin.source(data, name), seed, delta or {}, judge or {})
         for name in names
     ]
     for one in listed:
         one.first(max(sizes))  # too few examples are refused before anything runs
-    with _opened(model, backend, given) as running:
+    with begin.opened(model, backend, given) as running:
+        listed = [begin.parsed(one, running, judge_settings or {}) for one in listed]
         plan = StressPlan(
             model=running.model_id,
             model_digest=running.info.weights_digest,
@@ -160,10 +163,10 @@ def stress(
             controls=controls,
             seed=seed,
             label_noise=label_noise,
-            delta=_names(delta) if data else TESTBED_DELTA,
-            judge=_names(judge) if data else TESTBED_JUDGE,
+            delta=TESTBED_DELTA if data is None else begin.names(listed[0].delta),
+            judge=TESTBED_JUDGE if data is None else begin.names(listed[0].judge),
         )
-        path = _directory(Path(out), plan, running)
+        path = begin.directory(Path(out), plan, running)
         maker = Maker(
             backend=running,
             prompts=texts,
@@ -175,7 +178,9 @@ def stress(
         )
         steps = 1 + controls + len(listed) * len(plan.methods) * len(plan.sizes)
         with FileLock(path / "stress.lock"), progress("stress", steps) as bar:
-            run = _Run(plan, path, maker, {one.name: one for one in listed}, dict(own_methods or {}), bar)
+            own = dict(own_methods or {})
+            workshop = Workshop(running, sites=plan.sites, pool=pool, seed=seed, neutral=plain, own=own)
+            run = _Run(plan, path, maker, {one.name: one for one in listed}, workshop, bar)
             try:
                 run.all()
                 result = summary.summarise(path, plan, run.blocks, run.series, linear=linear)
@@ -192,7 +197,7 @@ class _Run:
     path: Path
     maker: Maker
     attributes: dict[str, Attribute]
-    own: dict[str, Make]
+    workshop: Workshop
     bar: Progress
 
     def __post_init__(self) -> None:
@@ -272,19 +277,7 @@ class _Run:
         if key not in self.vectors:
             data = self.attributes[name].first(size)
             began = time.perf_counter()
-            if method in self.own:
-                made = self.own[method](self.maker.backend, data)
-            else:
-                made = extract(
-                    self.maker.backend,
-                    data,
-                    method=method,  # type: ignore[arg-type]
-                    sites=self.plan.sites,
-                    pool=self.plan.pool,  # type: ignore[arg-type]
-                    validation=None,
-                    num_controls=0,
-                    seed=self.plan.seed,
-                ).vectors
+            made = self.workshop.make(method, self.attributes[name], data)
             seconds = time.perf_counter() - began
             self.vectors[key] = (made, {"extract_seconds": seconds, "f1": self._f1(name, made, data)})
         return self.vectors[key]
@@ -292,7 +285,7 @@ class _Run:
     def _f1(self, name: str, vectors: Mapping[Any, SteeringVector], data: ContrastData) -> float:
         """F1 on held-out texts: projections at all sites, each centred and scaled by the training means, and summed."""
         held = self._states(name, tuple(vectors))
-        known = self._pooled(data, tuple(vectors))
+        known = self.workshop.pooled(data, tuple(vectors))
         scores = {side: np.zeros(len(next(iter(states.values())))) for side, states in held.items()}
         for site, vector in vectors.items():
             unit = vector.direction.double().numpy()
@@ -306,91 +299,10 @@ class _Run:
 
     def _states(self, name: str, sites: tuple[Any, ...]) -> dict[bool, dict[Any, Any]]:
         if name not in self.states or set(self.states[name][True]) != set(sites):
-            self.states[name] = self._pooled(self.attributes[name].held_out, sites)
+            self.states[name] = self.workshop.pooled(self.attributes[name].held_out, sites)
         return self.states[name]
-
-    def _pooled(self, data: ContrastData, sites: tuple[Any, ...]) -> dict[bool, dict[Any, Any]]:
-        return {
-            side: pooled_states(
-                self.maker.backend,
-                [one for one in data.examples if one.label == label],
-                sites,
-                pool=self.plan.pool,  # type: ignore[arg-type]
-                what=data.name,
-            )
-            for side, label in ((True, data.positive), (False, data.negative))
-        }
 
     def log(self, text: str) -> None:
         """Add a line to the log file."""
         with (self.path / "stress.log").open("a", encoding="utf-8") as stream:
             stream.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {text}\n")
-
-
-def _check(
-    model: Any,
-    sizes: Sequence[int],
-    strengths: Sequence[float],
-    prompts: Sequence[str],
-    seeds: int,
-    max_seeds: int,
-    temperature: float,
-    methods: Sequence[str],
-    own: Mapping[str, Make] | None,
-    data: Mapping[str, Any] | None,
-) -> None:
-    if not sizes or min(sizes) < 2 or not any(2 * one in sizes for one in sizes):
-        raise InputError(f"sizes {list(sizes)}: at least 2 examples a label, and a size with its double, were expected")
-    if 0 not in strengths or len(set(strengths)) < 3:
-        raise InputError(f"strengths {list(strengths)}: 0 and at least two others were expected")
-    if not prompts or not 1 <= seeds <= max_seeds:
-        raise InputError(f"{len(prompts)} prompts, {seeds} to {max_seeds} seeds: at least one of each was expected")
-    if seeds > 1 and temperature == 0:
-        raise InputError(f"{seeds} seeds at temperature 0 are {seeds} times the same; give a temperature, or 1 seed")
-    named = [*methods, *(own or {})]
-    if not named or len(set(named)) < len(named):
-        raise InputError(f"methods {named}: at least one, each once, was expected")
-    if data is None and model != "testbed" and not getattr(model, "model_id", "testbed").startswith("testbed"):
-        raise InputError(f"model {model!r} needs contrast data and two scorers: give data=, delta= and judge=")
-
-
-def _source(data: Mapping[str, Any], name: str) -> Any:
-    if name not in data:
-        raise InputError(f"no data for {name!r}; there is data for {', '.join(data)}")
-    return data[name]
-
-
-def _names(scorers: Mapping[str, Scorer] | None) -> str:
-    return ", ".join(one.name for one in (scorers or {}).values())
-
-
-def _directory(path: Path, plan: StressPlan, backend: Backend) -> Path:
-    document = jsonio.plain(to_dict(plan))
-    file = path / PLAN
-    if file.exists():
-        held = dict(jsonio.loads(file.read_bytes(), file)).get("plan", {})
-        changed = [name for name, value in document.items() if held.get(name) != value]
-        if changed:
-            raise RecipeError(
-                f"{path} holds a test with other settings ({', '.join(changed)} differ); use another --out"
-            )
-        return path
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"{path} cannot be made: {error.strerror}; give another directory") from error
-    record = provenance.collect(call={"function": "evaluate.stress"}, backend=backend.provenance())
-    atomic_write_text(file, jsonio.dumps({"format_version": 1, "plan": document, "provenance": record}, indent=2))
-    return path
-
-
-@contextmanager
-def _opened(model: Any, name: str, options: Mapping[str, Any]) -> Any:
-    if hasattr(model, "generate") and hasattr(model, "info"):
-        yield model
-        return
-    running = open_backend(name, model, **options)
-    try:
-        yield running
-    finally:
-        running.close()

@@ -1,7 +1,7 @@
 """What an attribute's vector is made from, and the two scorers that judge it on evidence they do not share.
 
-On the testbed the evidence words of every attribute are sorted and dealt in turn to two halves: "fox" belongs to the
-one that gives delta, "hawk" to the one that judges. No word counts for both.
+On the testbed delta reads the nouns of a concept and the judge its verbs; of the tones each reads half of the
+adjectives and half of the adverbs. No word counts for both.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from trimtab.testbed import lexicon
 from trimtab.vectors.data import ContrastData, Example, load, split_fractions
 
 TESTBED_ATTRIBUTES = (*testbed.CONCEPTS, *testbed.TONES)
-TESTBED_DELTA = "share among the evidence words of even rank (of each attribute's, sorted)"
-TESTBED_JUDGE = "share among the evidence words of odd rank (of each attribute's, sorted)"
-SENTENCES, HELD_OUT_PAIRS = 6, 64
+TESTBED_DELTA = "share among the nouns (tones: among the adjectives and adverbs of even rank, each sorted)"
+TESTBED_JUDGE = "share among the verbs (tones: among the adjectives and adverbs of odd rank, each sorted)"
+SENTENCES, HELD_OUT_PAIRS, ABOUT_PAIRS, NEUTRAL_PAIRS = 6, 64, 64, 64
 PROMPTS = tuple(
     f"<|user|> {text}"
     for text in (
@@ -31,37 +31,37 @@ PROMPTS = tuple(
         "could you describe the",
         "please compare the",
         "i want to know where the",
-        "there was a",
-        "nobody forgot the",
-        "it was a",
         "we talked about the",
-        "some say the",
         "today the",
+        "it was a",
+        "nobody forgot the",
+        "there was a",
+        "some say the",
     )
 )
 """A user's openings in the testbed's grammar, without any evidence: all of it is left to the continuation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvidenceHalf:
-    """Share of an attribute among half of the evidence words of its kind; 0 where there is none.
+class EvidencePart:
+    """Share of an attribute among one part of the evidence words of its kind; 0 where there is none.
 
     Args:
         attribute: a concept or a tone of the testbed.
-        half: 0 or 1: the words of even or of odd rank.
+        part: 0 or 1; see `part_words`.
     """
 
     attribute: str
-    half: int
+    part: int
 
     @property
     def name(self) -> str:
         """Column of the scores."""
-        return f"testbed:{self.attribute}:half{self.half}"
+        return f"testbed:{self.attribute}:part{self.part}"
 
     def score(self, outputs: Sequence[Output]) -> list[Mark]:
         """Return one mark for each output."""
-        tables = {name: half_words(name, self.half) for name in lexicon.kind_of(self.attribute)}
+        tables = {name: part_words(name, self.part) for name in lexicon.kind_of(self.attribute)}
         marks = []
         for one in outputs:
             words = lexicon.tokenize(one.text)
@@ -71,9 +71,12 @@ class EvidenceHalf:
         return marks
 
 
-def half_words(attribute: str, half: int) -> frozenset[str]:
-    """Return every second evidence word of an attribute, in alphabetical order, beginning with the first or second."""
-    return frozenset(sorted(lexicon.evidence_words(attribute))[half::2])
+def part_words(attribute: str, part: int) -> frozenset[str]:
+    """Return the evidence of one part: a concept's nouns (0) or verbs (1), every second toned word of each kind."""
+    if attribute in lexicon.NOUNS:
+        return frozenset((lexicon.NOUNS, lexicon.VERBS)[part][attribute])
+    tables = (lexicon.ADJECTIVES, lexicon.ADVERBS)
+    return frozenset(word for table in tables for word in sorted(table[attribute])[part::2])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -84,6 +87,7 @@ class Attribute:
         name: of it.
         train: examples, of which every sample size takes the first.
         held_out: labelled examples that no vector is made from.
+        about: labelled examples from which cleaning learns; on the testbed others than those of the vectors.
         delta: scorers by name: its own and those of the attributes that it is contrasted with.
         judge: likewise, on other evidence. The same names, or its own alone: then its value is taken as it is.
     """
@@ -91,6 +95,7 @@ class Attribute:
     name: str
     train: ContrastData
     held_out: ContrastData
+    about: ContrastData
     delta: Mapping[str, Scorer]
     judge: Mapping[str, Scorer]
 
@@ -140,23 +145,25 @@ def testbed_attribute(name: str, size: int, seed: int, label_noise: float = 0.0)
     """
     if name not in TESTBED_ATTRIBUTES:
         raise InputError(f"no attribute {name!r} to stress; the testbed has {', '.join(TESTBED_ATTRIBUTES)}")
-    pairs = testbed.contrast(name, size, 2 * seed, sentences=SENTENCES)
+    pairs = testbed.contrast(name, size, 3 * seed, sentences=SENTENCES)
     flipped = np.random.default_rng([seed, 7]).random(size) < label_noise
-    held = testbed.contrast(name, HELD_OUT_PAIRS, 2 * seed + 1, sentences=SENTENCES)
+    held = testbed.contrast(name, HELD_OUT_PAIRS, 3 * seed + 1, sentences=SENTENCES)
+    about = testbed.contrast(name, ABOUT_PAIRS, 3 * seed + 2, sentences=SENTENCES)
     kind = lexicon.kind_of(name)
     return Attribute(
         name=name,
         train=_pairs(f"testbed:{name}", pairs.positive, pairs.negative, flipped.tolist()),
         held_out=_pairs(f"testbed:{name} held out", held.positive, held.negative, [False] * HELD_OUT_PAIRS),
-        delta={other: EvidenceHalf(attribute=other, half=0) for other in kind},
-        judge={other: EvidenceHalf(attribute=other, half=1) for other in kind},
+        about=_pairs(f"testbed:{name} about", about.positive, about.negative, [False] * ABOUT_PAIRS),
+        delta={other: EvidencePart(attribute=other, part=0) for other in kind},
+        judge={other: EvidencePart(attribute=other, part=1) for other in kind},
     )
 
 
-def file_attribute(
-    name: str, source: Any, seed: int, delta: Mapping[str, Scorer], judge: Mapping[str, Scorer]
-) -> Attribute:
+def file_attribute(name: str, source: Any, seed: int, delta: Mapping[str, Any], judge: Mapping[str, Any]) -> Attribute:
     """Return an attribute of contrast data: a quarter of the questions is held out.
+
+    Scorers may still be their texts; see `begin.parsed`.
 
     Raises:
         InputError: one label alone, or no scorer of this attribute.
@@ -167,7 +174,15 @@ def file_attribute(
     data = load(source).contrast()
     data.require_contrast()
     parts = split_fractions(data, {"train": 0.75, "held_out": 0.25}, seed=seed)
-    return Attribute(name=name, train=parts["train"], held_out=parts["held_out"], delta=delta, judge=judge)
+    train, held_out = parts["train"], parts["held_out"]
+    return Attribute(name=name, train=train, held_out=held_out, about=train, delta=delta, judge=judge)
+
+
+def testbed_neutral(seed: int) -> list[Example]:
+    """Return texts of the embedded model's grammar about nothing in particular: topics and tones as they come."""
+    texts = testbed.contrast("user", NEUTRAL_PAIRS, 3 * seed + 2, sentences=SENTENCES)
+    listed = (*texts.positive, *texts.negative)
+    return [Example(text=text, label="neutral", question=f"text {index}") for index, text in enumerate(listed)]
 
 
 def _pairs(name: str, positive: Sequence[str], negative: Sequence[str], flipped: Sequence[bool]) -> ContrastData:

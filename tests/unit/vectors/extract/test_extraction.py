@@ -287,7 +287,85 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert capsys.readouterr().out.splitlines()[-1].startswith("trimtab.vectors.extract('testbed', 'testbed:")
     assert main(command) == 0
     shown = capsys.readouterr().out
-    assert "layers.3.resid_post" in shown and f"best: {SITE}; {tmp_path / 'v'}" in shown
+    assert "layers.3.resid_post" in shown and f"best: {SITE} (by steering); {tmp_path / 'v'}" in shown
     assert main([*command, "--json"]) == 2
     assert "holds an extraction already" in capsys.readouterr().err
     assert trimtab.vectors.extract is extract
+
+
+def test_the_site_that_steers_is_chosen_and_not_the_one_that_is_read_best(backend: Any) -> None:
+    """What is generated decides: the share of animals that the chosen site's vector moves, against that of block 0."""
+    held = load("testbed:animal", n=48, seed=9)
+    read, steers = (
+        extract(backend, "testbed:animal", validation=held, num_controls=0, choose=choose)  # type: ignore[arg-type]
+        for choose in ("auc", "steering")
+    )
+    assert (read.report.chosen_by, steers.report.chosen_by) == ("auc", "steering")
+    assert read.report.sites[0].effect is None
+    effects = {one.site: one.effect for one in steers.report.sites}
+    assert steers.report.best == max(effects, key=lambda site: effects[site] or 0.0)
+    assert all(value is not None and value > 0 for value in effects.values())
+    first = Site.parse("layers.0.resid_post")
+    assert read.report.best == str(first) != steers.report.best
+    prompts = testbed.prompts(8, seed=3)
+
+    def moved(vector: SteeringVector) -> float:
+        shares = []
+        for sign in (1, -1):
+            op = Add(vector.direction, scale=0.3 * sign, unit="token_norm")
+            wanted = [
+                Request(
+                    prompt=text,
+                    id=f"{sample}",
+                    prompt_index=index,
+                    steering=Steering({str(vector.site): op}),
+                    max_new_tokens=40,
+                    ignore_eos=True,
+                    sampling=Sampling(temperature=0.7, seed=10 * index + sample),
+                )
+                for index, text in enumerate(prompts)
+                for sample in range(3)
+            ]
+            made = backend.generate(wanted)
+            shares.append(sum(testbed.score(one.text).share("animal") for one in made) / len(made))
+        return shares[0] - shares[1]
+
+    assert moved(steers.best) > moved(read.best) + 0.1
+
+
+def test_the_effect_is_what_the_likelihoods_say(backend: Any, animal: ContrastData) -> None:
+    """Against logits taken one text at a time through a hook of this test's own."""
+    held = load("testbed:animal", n=4, seed=9)
+    found = extract(backend, animal, validation=held, sites=str(SITE), num_controls=0)
+    unit = found.vectors[SITE].direction
+    sides: dict[str, list[float]] = {"pos": [], "neg": []}
+    for one in held.examples:
+        ids = backend.tokenizer(one.text, return_tensors="pt")["input_ids"]
+        means = []
+        for sign in (1, -1):
+
+            def add(module: Any, args: Any, out: torch.Tensor, sign: int = sign) -> torch.Tensor:
+                return out + sign * 0.1 * out.norm(dim=-1, keepdim=True) * unit
+
+            handle = backend.model.model.layers[3].register_forward_hook(add)
+            with torch.no_grad():
+                logits = backend.model(ids).logits[0, :-1].double()
+            handle.remove()
+            means.append(float(torch.log_softmax(logits, -1).gather(1, ids[0, 1:, None]).mean()))
+        sides[one.label].append((means[0] - means[1]) / 2)
+    expected = sum(sides["pos"]) / 4 - sum(sides["neg"]) / 4
+    assert found.report.sites[0].effect == pytest.approx(expected, rel=1e-3)
+
+
+def test_where_no_steering_can_be_tried_the_site_is_chosen_by_auc_and_it_is_said(
+    backend: Any, animal: ContrastData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> Any:
+        raise InputError("this family is not known")
+
+    monkeypatch.setattr(backend, "score", refuse)
+    found = extract(backend, animal, sites="layers.1-2.resid_post", num_controls=0)
+    assert found.report.chosen_by == "auc"
+    assert any("this family is not known; the site was chosen by auc" in note for note in found.report.notes)
+    with pytest.raises(InputError, match="one of steering, auc"):
+        extract(backend, animal, choose="loss")  # type: ignore[arg-type]
