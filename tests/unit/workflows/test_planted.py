@@ -367,6 +367,12 @@ def check(outcomes: list[Outcome]) -> None:
     assert kinds >= 0.80, table
 
 
+@pytest.fixture(autouse=True)
+def without_git(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What changed in this repository is no part of a draw."""
+    monkeypatch.setenv("GIT_DIR", "/nonexistent")
+
+
 def test_at_least_twenty_kinds() -> None:
     assert len(KINDS) >= 20
 

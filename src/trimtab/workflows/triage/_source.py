@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -178,13 +179,12 @@ def _changes(
     repository: Repository, file: str, span: tuple[int | None, int | None], prints: Sequence[Fingerprint],
     base: str, head: str,
 ) -> tuple[tuple[Hunk, ...], tuple[Hunk, ...]]:  # fmt: skip
-    texts: dict[tuple[str, str], str] = {}
+    @functools.cache
+    def text(revision: str, name: str) -> str:
+        return repository.text(revision, name) or ""
 
     def read(hunk: RawHunk) -> Hunk:
-        old, new = (
-            texts.setdefault((revision, hunk.file), repository.text(revision, hunk.file) or "")
-            for revision in (base, head)
-        )
+        old, new = text(base, hunk.file), text(head, hunk.file)
         distance = _distance(hunk, span) if hunk.file == file else 1 << 20
         wide = hunk.widened(new)
         values = {name: getattr(wide, name) for name in RawHunk.__slots__}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -103,14 +104,11 @@ def find_suspicions(hunk: RawHunk, old: str, new: str) -> tuple[Suspicion, ...]:
         new: the whole file after it.
     """
     removed, added = hunk.changed()
-    trees = []
-    for text in (old, new):
-        try:
-            trees.append(ast.parse(text))
-        except (SyntaxError, ValueError):
-            return ()
-    before = list(_features(trees[0], removed))
-    after = list(_features(trees[1], added))
+    sides = (_by_line(old), _by_line(new))
+    if sides[0] is None or sides[1] is None:
+        return ()
+    before = list(_features(sides[0], removed))
+    after = list(_features(sides[1], added))
     gone = _only(before, after)
     come = _only(after, before)
     found = [(one, "removed") for one in gone] + [(one, "added") for one in come]
@@ -137,10 +135,30 @@ def _only(these: list[_Feature], others: list[_Feature]) -> list[_Feature]:
     return only
 
 
-def _features(tree: ast.AST, lines: set[int]) -> Iterator[_Feature]:
-    for node in ast.walk(tree):
-        if not isinstance(node, ast.expr | ast.keyword | ast.Assign | ast.arg) or node.lineno not in lines:
-            continue
+_Node = ast.expr | ast.keyword | ast.Assign | ast.arg
+_Nodes = dict[int, list[tuple[int, _Node]]]
+
+
+@functools.lru_cache(maxsize=4)
+def _by_line(text: str) -> _Nodes | None:
+    """The nodes of a file by their line, each with its place in the walk; None for what is no Python.
+
+    A file that changed in many places is asked for once for each of them.
+    """
+    try:
+        tree = ast.parse(text)
+    except (SyntaxError, ValueError):
+        return None
+    found: _Nodes = {}
+    for place, node in enumerate(ast.walk(tree)):
+        if isinstance(node, _Node):
+            found.setdefault(node.lineno, []).append((place, node))
+    return found
+
+
+def _features(nodes: _Nodes, lines: set[int]) -> Iterator[_Feature]:
+    chosen = sorted((one for line in lines for one in nodes.get(line, ())), key=lambda one: one[0])
+    for _, node in chosen:
         for kind, text in _kinds(node):
             yield _Feature(kind, text, node.lineno)
 
