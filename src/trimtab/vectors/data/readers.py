@@ -240,7 +240,11 @@ def _persona(path: Path) -> ContrastData:
 def _rows(path: Path) -> Iterable[Mapping[str, Any]]:
     if path.is_dir():
         datasets = require("datasets", extra="data", feature=f"reading the directory {path}")
-        found = datasets.load_from_disk(str(path))
+        try:
+            found = datasets.load_from_disk(str(path))
+        except (OSError, ValueError) as error:
+            said = " ".join(str(error).split())[:160]
+            raise InputError(f"{path} is no directory that datasets saved, or is damaged: {said}") from error
         if hasattr(found, "keys"):
             if list(found) != ["train"]:
                 raise InputError(f"{path} holds the splits {', '.join(found)}; give the directory of one of them")

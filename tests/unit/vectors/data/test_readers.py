@@ -165,3 +165,22 @@ def test_an_example_has_one_content() -> None:
     with pytest.raises(InputError, match="neither text nor messages"):
         Example(label="pos", question="q")
     assert len(ContrastData(name="x", examples=()).pairs()) == 0
+
+
+def test_directories_that_datasets_saved_are_the_same_data(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    table = datasets.Dataset.from_list(ROWS)
+    table.save_to_disk(str(tmp_path / "rows"))
+    datasets.DatasetDict({"train": table}).save_to_disk(str(tmp_path / "split"))
+    expected = load(ROWS)
+    for found in (load(tmp_path / "rows"), load(tmp_path / "split"), load(table)):
+        assert found.examples == expected.examples and found.digest == expected.digest
+    chosen = load(f"{tmp_path / 'rows'}:label=pos,score>=75")
+    assert [one.text for one in chosen.examples] == ["good day"]
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(InputError, match="holds the splits train, test; give the directory of one of them"):
+        load(tmp_path / "two")
+    assert load(tmp_path / "two" / "test").digest == expected.digest
+    (tmp_path / "none").mkdir()
+    with pytest.raises(InputError, match=r"none is no directory that datasets saved"):
+        load(tmp_path / "none")
