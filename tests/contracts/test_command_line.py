@@ -139,6 +139,22 @@ CALLS = [
         "sae export a --out o --latent 0 --scale 0.5 --positions generated",
         "trimtab.sae.export('a', 'o', latent=0, scale=0.5, positions='generated')",
     ),
+    (
+        "weights susceptibility a b -d p --vector-layer 3 --rank 8",
+        "trimtab.weights.measure_susceptibility('a', 'b', ['p'], vector_layer=3, rank=8)",
+    ),
+    (
+        "weights mlp a b -d p q#1-3 --layers 0,4-8 --controls 32 --html r.html",
+        "tt.report(trimtab.weights.measure_mlp('a', 'b', ['p', 'q#1-3'], layers='0,4-8', controls=32), 'r.html')",
+    ),
+    (
+        "weights attention a b -d p --offset 2 --average-layers --pairs all",
+        "trimtab.weights.measure_attention('a', 'b', ['p'], average_layers=True, pairs=None, offset=2)",
+    ),
+    (
+        "weights mlp a b -d p --ray auto",
+        "tt.weights_on_ray('mlp', 'a', 'b', ['p'], address='auto')",
+    ),
     ("doctor", "tt.doctor()"),
     ("testbed build --out t --steps 3", "tt.testbed_build('t', seed=0, steps=3)"),
 ]

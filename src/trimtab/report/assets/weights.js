@@ -90,7 +90,7 @@
     const line = (tag, row) => element("tr", {}, ...row.map((text, i) => element(tag === "th" || !i ? "th" : "td", { textContent: text, scope: tag === "th" ? "col" : i ? "" : "row" })));
     box.replaceChildren(element("table", {}, element("thead", {}, line("th", tables[id].head)), element("tbody", {}, ...tables[id].rows().map((row) => line("td", row)))));
   };
-  const mark = () => ({ type: "line", x0: state.layer, x1: state.layer, yref: "paper", y0: 0, y1: 1, line: { color: colour("mark"), width: 1, dash: "dot" } });
+  const mark = () => ({ type: "line", x0: state.layer, x1: state.layer, yref: "paper", y0: 0, y1: 1, line: { color: colour("ink"), width: 1, dash: "dot" } });
 
   /* ---- layer profile: mean of each kind, the controls' band, the chosen direction ---- */
   const profile = () => {
@@ -112,11 +112,11 @@
     }
     const own = grid(state.view, shown);
     const line = data.layers.map((_, i) => (shown === "z" ? Math.abs(at(own, state.direction, i)) : at(own, state.direction, i)));
-    traces.push({ type: "scatter", mode: "lines", x: data.layers, y: line, line: { color: colour("mark"), width: 1.5, dash: "dash" }, hovertemplate: `${escapeText(name(state.direction))}, layer %{x}<br>%{y:.3g}<extra></extra>` });
+    traces.push({ type: "scatter", mode: "lines", x: data.layers, y: line, line: { color: colour("ink"), width: 1.5, dash: "dash" }, hovertemplate: `${escapeText(name(state.direction))}, layer %{x}<br>%{y:.3g}<extra></extra>` });
     draw("profile", traces, { xaxis: layers(), yaxis: axis(shown === "z" ? "mean |z|" : unit()), shapes: [mark()] }, 300, (point) => choose({ layer: point.x }));
     keys("profile", [
       ...(kinds.length ? kinds : ["all"]).map((kind) => ({ text: kind === "pc" ? "components" : kind === "all" ? "all" : `${kind}s`, color: look(kind).color })),
-      { text: short(name(state.direction)), color: colour("mark") }, ...(shown === "delta" ? [{ text: "controls", color: colour("line") }] : []),
+      { text: short(name(state.direction)), color: colour("ink") }, ...(shown === "delta" ? [{ text: "controls", color: colour("line") }] : []),
     ]);
     fill("profile", ["layer", "kind", "mean change", "std", "mean |z|", "directions"], () => view().means.map((r) => [r[0], r[1], show(r[2]), show(r[3]), show(r[4]), r[5]]));
   };
@@ -130,8 +130,8 @@
     const labels = rows.map((row) => `${short(escapeText(name(row)))} `);
     const trace = {
       type: "bar", orientation: "h", y: rows.map((_, i) => i), x: rows.map((row) => at(values, row, place())), customdata: rows,
-      marker: { color: rows.map((row) => (row === state.direction ? colour("mark") : look(data.directions[row].kind).color)) },
-      text: rows.map((row) => show(at(values, row, place()))), textposition: "auto", hovertemplate: rows.map((row) => `${escapeText(name(row))}, ${data.directions[row].kind}<br>${unit()} %{x:.4g}<extra></extra>`),
+      marker: { color: rows.map((row) => (row === state.direction ? colour("ink") : look(data.directions[row].kind).color)) },
+      text: rows.map((row) => show(at(values, row, place()))), textposition: "none", hovertemplate: rows.map((row) => `${escapeText(name(row))}, ${data.directions[row].kind}<br>${unit()} %{x:.4g}<extra></extra>`),
     };
     draw("ranking", [trace], { xaxis: axis(unit()), yaxis: axis("", { tickvals: rows.map((_, i) => i), ticktext: labels, ticks: "", showgrid: false }), bargap: 0.25 }, 300, (point) => choose({ direction: point.customdata }));
     keys("ranking", []);
@@ -153,10 +153,10 @@
       text: rows.map((row) => data.layers.map((layer, i) => `${escapeText(name(row))}, layer ${layer}<br>${unit()} ${show(at(values, row, i))}`)), hovertemplate: "%{text}<extra></extra>",
     };
     const chosen = rows.indexOf(state.direction);
-    const box = chosen < 0 ? [] : [{ type: "rect", xref: "paper", x0: 0, x1: 1, y0: chosen - 0.5, y1: chosen + 0.5, line: { color: colour("mark"), width: 1.5 } }];
+    const box = chosen < 0 ? [] : [{ type: "rect", xref: "paper", x0: 0, x1: 1, y0: chosen - 0.5, y1: chosen + 0.5, line: { color: colour("ink"), width: 1.5 } }];
     draw("heat", [trace], {
       xaxis: layers({ ticks: "" }), yaxis: axis("", { tickvals: rows.map((_, i) => i), ticktext: rows.map((row) => `${short(escapeText(name(row)))} `), ticks: "", showgrid: false, zeroline: false, tickfont: { size: 11 } }),
-      shapes: [...box, { type: "rect", x0: state.layer - 0.5, x1: state.layer + 0.5, yref: "paper", y0: 0, y1: 1, line: { color: colour("mark"), width: 1.5 } }],
+      shapes: [...box, { type: "rect", x0: state.layer - 0.5, x1: state.layer + 0.5, yref: "paper", y0: 0, y1: 1, line: { color: colour("ink"), width: 1.5 } }],
     }, rows.length * 15 + 70, (point) => choose({ layer: point.x, direction: point.customdata }));
     const bar = element("span", { className: "bar-fill" });
     bar.style.background = `linear-gradient(90deg, ${scale.map(([stop, shade]) => `${shade} ${100 * stop}%`).join(", ")})`;
@@ -178,7 +178,7 @@
       const rows = data.directions.map((_, row) => row).filter((row) => data.directions[row].kind === kind);
       return {
         type: "scatter", mode: "markers", x: rows.map((row) => at(across, row, place())), y: rows.map((row) => at(up, row, place())), customdata: rows,
-        marker: { ...look(kind), size: rows.map((row) => (row === state.direction ? 14 : 8)), opacity: 0.8, line: { width: rows.map((row) => (row === state.direction ? 2 : 0)), color: colour("mark") } },
+        marker: { ...look(kind), size: rows.map((row) => (row === state.direction ? 14 : 8)), opacity: 0.8, line: { width: rows.map((row) => (row === state.direction ? 2 : 0)), color: colour("ink") } },
         text: rows.map((row) => escapeText(name(row))), hovertemplate: `%{text}, ${kind}<br>%{x:.4g}, %{y:.4g}<extra></extra>`,
       };
     });
