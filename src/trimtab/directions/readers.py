@@ -9,7 +9,7 @@
 | persona `.pt` of one role or trait | row l is the output of block l; `persona` says which entry is taken |
 | PCA `.pt` of personas, `key="PC1"` | its `layer`: the output of that block |
 | GGUF control vector | `direction.N` is the output of block N |
-| sparse autoencoder, `key="latent:17"` | its site; the row of the decoder, as long as the file has it |
+| sparse autoencoder, `PATH:latent:17` or `key="latent:17"` | its site; the decoder's row, as long as the file has it |
 | `random:SEED` | none; unit norm |
 """
 
@@ -38,8 +38,8 @@ from trimtab.steering.vector import FORMAT
 
 _INPUTS = (
     "a .safetensors vector of ours, the directory of an extraction or a training, a .pt or .npy tensor, a directory "
-    "with steering_vector.pt and steering_config.json, a .gguf control vector, a sparse autoencoder, testbed:NAME, or "
-    "random:SEED"
+    "with steering_vector.pt and steering_config.json, a .gguf control vector, an autoencoder's PATH:latent:N, "
+    "testbed:NAME, or random:SEED"
 )
 
 
@@ -53,7 +53,7 @@ def load_direction(
     """Read a direction.
 
     Args:
-        spec: a path, `random:SEED`, or a vector that is loaded already.
+        spec: a path, `PATH:latent:N` of a sparse autoencoder, `random:SEED`, or a vector that is loaded already.
         layer: 0-based layer to take from a file that holds several.
         hidden_size: width that the model has: needed by `random:`, checked for the others.
         key: name of the tensor to take from a file that holds several by name; "raw:NAME" takes a mean of a persona
@@ -90,6 +90,9 @@ def _load(spec: Any, layer: int | None, hidden_size: int | None, key: str | None
         return _random(text, hidden_size)
     if text.startswith("testbed:"):
         return _testbed(text)
+    before, mark, number = text.rpartition(":latent:")
+    if mark and key is None:
+        text, key = before, f"latent:{number}"
     path = Path(text)
     if sae_file.is_sae_file(path):
         return _latent(path, key)

@@ -29,8 +29,8 @@ def choose(tally: Tally, latents: int | Sequence[int]) -> list[int]:
     order = good[density[good].argsort(descending=True, stable=True)]
     if len(order) <= latents:
         return [int(one) for one in order]
-    steps = torch.linspace(0, len(order) - 1, latents).round().long().unique()
-    return [int(one) for one in order[steps]]
+    steps = torch.linspace(0, len(order) - 1, latents).round().long().tolist()
+    return [int(order[step]) for step in dict.fromkeys(steps)]
 
 
 def examples_of(tally: Tally, rows: EvaluationSet, columns: Sequence[int], most: int) -> tuple[LatentExamples, ...]:

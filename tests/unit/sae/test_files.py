@@ -102,6 +102,7 @@ def test_a_decoder_row_is_a_direction(tmp_path: Path, kind: str) -> None:
     place = {"directory": "sae", "npz": "params.npz", "weights": "bare.safetensors"}[kind]
     found = load_direction(tmp_path / place, key="latent:17")
     assert torch.equal(found.vector, one.W_dec[17])
+    assert torch.equal(load_direction(f"{tmp_path / place}:latent:17").vector, found.vector)
     assert str(found.site) == ("layers.3.resid_post" if kind == "directory" else "None")
     for key in (None, "latent:40", "17"):
         with pytest.raises(VectorError, match=r"latents 0 to 39.*name one as latent:0"):
