@@ -11,7 +11,7 @@ from torch import Tensor
 
 from trimtab.errors import InputError
 from trimtab.weights import compare_matrices
-from trimtab.weights.matrices import frobenius, spectrum
+from trimtab.weights.matrices import _fourth_power, frobenius, spectrum
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -60,6 +60,18 @@ def test_equal_singular_values_count_as_many_directions() -> None:
     basis = torch.linalg.qr(noise(400, 12).double()).Q
     assert spectrum(basis @ basis.T, rank=16).effective_rank == pytest.approx(12, rel=1e-9)
     assert spectrum(torch.eye(500, dtype=torch.float64), rank=16).effective_rank == pytest.approx(500, rel=0.2)
+
+
+def test_the_estimate_of_the_tail_holds_for_any_basis() -> None:
+    """A basis that captures little leaves large mixed terms, which a good one hides."""
+    matrix = decaying(120, 90, 0.4)
+    basis = torch.linalg.qr(noise(120, 20, seed=5).double()).Q
+    small = basis.T @ matrix
+    missed = (matrix - basis @ small) @ noise(90, 20000, seed=6).double()
+    fourth, deviation = _fourth_power(matrix, basis, small, torch.linalg.svdvals(small), missed)
+    true = (exact(matrix) ** 4).sum()
+    assert deviation < 0.01 * true
+    assert abs(fourth - true) < 5 * deviation
 
 
 def test_small_matrices_are_decomposed_exactly() -> None:
