@@ -17,6 +17,7 @@ from trimtab.architectures import ModelMap
 from trimtab.backends import Prompt, open_backend
 from trimtab.backends.base import EncodedPrompt, ModelInfo
 from trimtab.backends.hf import HFBackend
+from trimtab.errors import InputError
 from trimtab.sites import Site, SitePattern, resolve_sites
 
 ModelLike = str | Path | nn.Module
@@ -31,6 +32,7 @@ class Engine:
         dtype: what the weights are loaded in; None: float32, or the module's own. Vectors are float32 in any case.
         device: None: the accelerator where there is one.
         device_map: spreads the weights over several devices with accelerate, such as "auto"; instead of `device`.
+        offload_folder: where weights lie that the map places on "disk".
         allow_fallback: train at sites of a model whose family is unknown.
     """
 
@@ -42,6 +44,7 @@ class Engine:
         dtype: str | None = None,
         device: str | None = None,
         device_map: str | Mapping[str, Any] | None = None,
+        offload_folder: str | Path | None = None,
         allow_fallback: bool = False,
     ) -> None:
         backend: Any = model
@@ -62,7 +65,11 @@ class Engine:
                 places = accelerate.infer_auto_device_map(
                     self.model, no_split_module_classes=getattr(self.model, "_no_split_modules", None)
                 )
-            self.model = accelerate.dispatch_model(self.model, device_map=places)
+            try:
+                self.model = accelerate.dispatch_model(self.model, device_map=places, offload_dir=offload_folder)
+            except ValueError as error:
+                said = " ".join(str(error).split())
+                raise InputError(f"device_map={places}: {said[:200]}; disk needs offload_folder=") from error
         self.device: torch.device = self.model.get_input_embeddings().weight.device  # type: ignore[operator]
         self.parameters = frozenset(inspect.signature(type(self.model).forward).parameters)
 
