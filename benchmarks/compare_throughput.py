@@ -280,7 +280,7 @@ def memory(folder: Path, quick: bool) -> Iterator[Measured]:
             with path.open("rb") as stream:  # brings it into the page cache
                 while stream.read(16 * MIB):
                     pass
-    rounds = [run() for _ in range(3 if quick else 5)]
+    rounds = [run() for _ in range(3)]
     notes = {
         "gigabytes_per_side": steps * megabytes * MIB / 1e9,
         "peak_of_a_quarter": statistics.median(small[0] for small, _ in rounds),

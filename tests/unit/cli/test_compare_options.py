@@ -31,6 +31,14 @@ def test_the_call(options: str, arguments: str | None, capsys: pytest.CaptureFix
     assert said == f"tt.compare('a', 'b', {arguments})"
 
 
+def test_a_report_has_two_names(capsys: pytest.CaptureFixture[str]) -> None:
+    calls = []
+    for option in ("--html", "--report"):
+        assert main(["compare", "a", "b", option, "page.html", "--print-python"]) == 0
+        calls.append(capsys.readouterr().out)
+    assert calls[0] == calls[1] and "tt.report(tt.compare('a', 'b'), 'page.html')" in calls[0]
+
+
 def test_three_noise_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", "a", "b", "--noise", "c", "d", "e"]) == 2
     assert "--noise takes one run, or two" in capsys.readouterr().err

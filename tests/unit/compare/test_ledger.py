@@ -13,7 +13,7 @@ import torch
 
 from trimtab.compare import compare
 from trimtab.compare.waivers import waived_by
-from trimtab.errors import InputError
+from trimtab.errors import InputError, TraceVersionError
 
 Write = Callable[..., Path]
 X = torch.arange(12.0).reshape(3, 4)
@@ -282,3 +282,13 @@ def test_different_models_are_doubted_in_one_line(write: Write) -> None:
     assert none.reason.startswith(
         "nothing was compared: unmatched in the reference: a: the candidate has no such tensor"
     )
+
+
+def test_a_side_of_a_newer_format_is_refused_in_one_line(dump: Write) -> None:
+    old, new = dump("old", {"h": X}), dump("new", {"h": X})
+    manifest = new / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "format_version": 2}))
+    for sides in ((old, new), (new, old)):
+        with pytest.raises(TraceVersionError, match="format version 2; this trimtab reads versions up to 1") as error:
+            compare(*sides)
+        assert str(new) in str(error.value) and "\n" not in str(error.value)

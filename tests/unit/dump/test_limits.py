@@ -190,6 +190,28 @@ def test_expected_names_are_held_against_every_phase(tmp_path: Path, net: Make) 
     assert not found.passed and any("positions" in entry.name for entry in found.ledger.entries)
 
 
+@pytest.mark.parametrize(
+    ("preset", "fields"),
+    [
+        ("sglang", ["input_ids", "positions"]),
+        ("megatron", ["input_ids", "cu_seqlens_q", "cu_seqlens_kv", "qkv_format"]),
+    ],
+)
+def test_the_fields_that_a_framework_must_dump(tmp_path: Path, net: Make, preset: str, fields: list[str]) -> None:
+    import trimtab
+
+    for name in ("a", "b"):
+        model = net()
+        with dump.record(tmp_path / name, expect=preset, parts="inputs") as session:
+            session.watch(model)
+            model(torch.ones(1, 3))
+            dump.dump("input_ids", torch.arange(3))
+    assert Trace.open(tmp_path / "a").manifest["plan"]["phases"] == {"fwd_bwd": fields}
+    found = trimtab.compare(tmp_path / "a", tmp_path / "b")
+    missing = {entry.name.split()[0] for entry in found.ledger.entries if entry.kind == "missing"}
+    assert not found.passed and missing == set(fields) - {"input_ids"}
+
+
 def test_a_directory_that_holds_a_run_is_refused(tmp_path: Path, net: Make) -> None:
     run(tmp_path / "d", net(), 1)
     with pytest.raises(TraceExistsError):
