@@ -72,7 +72,8 @@ class Learner:
         self._updater = Updater(
             self.optim, self._parameters, self.scales, self.precision, decoder_norm=config.decoder_norm
         )
-        self._control = None if self.optim.target_l0 is None else SparsityControl(self.optim.target_l0)
+        target, signed = self.optim.target_l0, config.is_jumprelu and config.penalty == "step"
+        self._control = None if target is None else SparsityControl(target, signed=signed)
         self._silent = torch.zeros(self.own.stop - self.own.start, dtype=torch.int64, device=self.device)
         self._cut = torch.full((), math.nan, dtype=torch.float64, device=self.device)
         self._low: dict[str, Tensor] = {}

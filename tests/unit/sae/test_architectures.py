@@ -96,9 +96,7 @@ def test_gradients_of_jumprelu_are_those_of_the_plain_form_with_the_published_ju
     pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
     z, count = fused.jump(pre, p["threshold"], settings.kernel, to_input=settings.ste_to_input)
     norms = p["W_dec"].norm(dim=1)
-    loss = sum(
-        ((z[:, :width] @ p["W_dec"][:width] + p["b_dec"] - x) ** 2).sum(1).mean() for width in settings.prefixes
-    )
+    loss = sum(((z[:, :width] @ p["W_dec"][:width] + p["b_dec"] - x) ** 2).sum(1).mean() for width in settings.prefixes)
     step = settings.penalty == "step"
     penalty = count if step else torch.tanh(settings.steepness * z * norms).sum()
     below = (torch.relu(p["threshold"] - pre) * norms).sum() * settings.pre_act_coefficient
