@@ -24,6 +24,7 @@ PACKAGES = (
     "compare",
     "report",
     "results",
+    "sae",
 )
 
 
