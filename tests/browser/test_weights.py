@@ -1,4 +1,4 @@
-"""The page of an analysis of weights in headless Chromium: figures that follow one choice, in both widths and themes."""
+"""The page of an analysis of weights in headless Chromium: all figures follow one choice, in both widths and themes."""
 
 from __future__ import annotations
 
@@ -70,15 +70,19 @@ def test_a_page_loads_alone_and_fits(
         for one in figures:
             assert visit.page.locator(f"#{one}-plot .main-svg").count() > 0, one
             box = visit.page.locator(f"#{one}-plot").bounding_box()
-            assert box is not None and 0 <= box["x"] and box["x"] + box["width"] <= width + 1
+            assert box is not None and box["x"] >= 0 and box["x"] + box["width"] <= width + 1
         assert visit.page.locator("#rankings tbody tr").count() > 20
 
 
 def test_one_choice_drives_all_figures(browser: Browser, pages: dict[str, str]) -> None:
+    from playwright.sync_api import expect
+
     with Visit(browser, pages["attention"]) as visit:
         page = visit.page
-        read = """() => Object.fromEntries(['profile', 'ranking', 'heat', 'scatter', 'heads'].map((id) =>
-            [id, JSON.stringify(document.getElementById(id + '-plot').data.map((t) => [t.x, t.y, t.z, t.marker?.size]))]))"""
+        read = """() => Object.fromEntries(['profile', 'ranking', 'heat', 'scatter', 'heads'].map((id) => {
+            const traces = document.getElementById(id + '-plot').data;
+            return [id, JSON.stringify(traces.map((one) => [one.x, one.y, one.z, one.marker?.size]))];
+        }))"""
         first = page.evaluate(read)
         page.select_option("#layer-choice", "0" if page.input_value("#layer-choice") != "0" else "1")
         second = page.evaluate(read)
@@ -94,10 +98,12 @@ def test_one_choice_drives_all_figures(browser: Browser, pages: dict[str, str]) 
         fifth = page.evaluate(read)
         assert fourth["profile"] != fifth["profile"] and fourth["scatter"] != fifth["scatter"]
         # A click on the heat map chooses a layer and a direction.
+        page.locator("#heat-plot").scroll_into_view_if_needed()
         box = page.locator("#heat-plot .nsewdrag").bounding_box()
         assert box is not None
-        page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.5)
-        page.wait_for_function("document.getElementById('layer-choice').value === '3'")
+        page.mouse.move(box["x"] + box["width"] * 0.88, box["y"] + box["height"] * 0.4)
+        page.mouse.click(box["x"] + box["width"] * 0.9, box["y"] + box["height"] * 0.4)
+        expect(page.locator("#layer-choice")).to_have_value("3")
         assert visit.messages == []
 
 

@@ -203,6 +203,7 @@ def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any,
         "stress",
         "sweep",
         "train_all",
+        "weights_on_ray",
         "analyze",
         "debug_decode",
         "demo",
@@ -229,6 +230,9 @@ def _record_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any,
     sae = importlib.import_module("trimtab.sae")
     for name in ("train", "evaluate", "check_precision", "export"):
         monkeypatch.setitem(vars(sae), name, stand_in(f"sae.{name}"))
+    weights = importlib.import_module("trimtab.weights")
+    for name in ("measure_susceptibility", "measure_mlp", "measure_attention"):
+        monkeypatch.setattr(weights, name, stand_in(f"weights.{name}"))
     return calls
 
 
