@@ -235,8 +235,8 @@ class OptimConfig(_Readable):
     sparsity_warmup: int = 0
     """Steps in which the sparsity coefficient rises from 0 along a line."""
     target_l0: float | None = None
-    """Mean number of active latents that the coefficient is steered to; None: the coefficient stays. With a step penalty
-    the coefficient may become negative for a while."""
+    """Mean number of active latents that the coefficient is steered to; None: the coefficient stays. With a step
+    penalty the coefficient may become negative for a while."""
 
     def __post_init__(self) -> None:
         _choose("optimizer", self.optimizer, get_args(Optimizer))

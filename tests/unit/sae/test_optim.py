@@ -158,7 +158,7 @@ def test_the_control_raises_and_lowers(signed: bool) -> None:
     control = SparsityControl(10.0, signed=signed)
     assert control.factor == 1.0
     control.observe(20.0)
-    assert control.factor == pytest.approx(2.0 * 3.0 * math.exp(0.02 * math.log(2)))
+    assert control.factor == pytest.approx(2.0 * math.exp(0.03 * math.log(2)))
     control.observe(9.9)
     assert control.factor == pytest.approx(math.exp(control.integral) * (1 + 40 * math.log(0.99)))
     for _ in range(40):

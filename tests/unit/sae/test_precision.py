@@ -99,6 +99,25 @@ def test_a_target_l0_is_reached_on_a_layer_of_a_model(rows: Rows) -> None:
     assert made.losses(torch.cat(data[:16])).l0 == pytest.approx(15.0, rel=0.05)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("target", [10.0, 40.0])
+@pytest.mark.parametrize("layer", [0, 2, 5, 7])
+def test_a_target_l0_is_reached_on_every_layer(layer: int, target: float) -> None:
+    site = f"layers.{layer}.resid_post"
+    source = ModelSource(open_backend("hf", "testbed"), open_texts("testbed:80"), [site], batch_size=32)
+    x = torch.cat([chunk.values[site] for chunk in source.chunks()]).float()
+    source.close()
+    x = x / x.square().sum(1).mean().sqrt()
+    width = x.shape[1]
+    made = Learner(
+        SAEConfig(d_in=width, d_sae=8 * width), optim=OptimConfig(lr=1e-3, target_l0=target), total_steps=2000
+    )
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        made.step(x[torch.randint(len(x), (512,), generator=generator)])
+    assert made.losses(x).l0 == pytest.approx(target, rel=0.05)
+
+
 @pytest.mark.parametrize("name", CONFIGS)
 def test_float16_gradients_are_finite_and_few_vanish(name: str) -> None:
     made = learner(name, precision=LOW["fp16"], scales=None, total_steps=200)

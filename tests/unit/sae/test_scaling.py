@@ -71,7 +71,7 @@ def test_powers_of_two_change_no_bit(name: str, precision: Precision) -> None:
 
 
 def test_the_first_loss_is_that_of_an_independent_forward() -> None:
-    """A target that lacks kappa gives nearly the same first loss with tied weights, so the weights are not tied here."""
+    """The target has kappa, and every term its scale, as an unscaled forward written by hand says."""
     made = learner("jumprelu", scales=scales(11))
     x = batches(1)[0].double()
     p = made.parameters_unscaled()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-_INTEGRAL = 0.02
-_BELOW, _ABOVE, _NEAR = 40.0, 20.0, 0.1
+_INTEGRAL = 0.03
+_BELOW = 40.0
 _FAR = 2.0
 _LIMIT = 16.0
 
@@ -13,8 +13,8 @@ _LIMIT = 16.0
 class SparsityControl:
     """A controller of the sparsity coefficient by e = log(L0 / target).
 
-    The coefficient is multiplied by exp(i + e) (1 + 20 min(e, 0.1)) where there are too many active latents, i the
-    integral of e, and by exp(i) (1 + 40 e) where there are too few: 2.5 % under the target the penalty has gone. Below that it turns into a
+    The coefficient is multiplied by exp(i + e) where there are too many active latents, i the integral of e, and by
+    exp(i) (1 + 40 e) where there are too few: 2.5 % under the target the penalty has gone. Below that it turns into a
     reward as large as exp(i) where `signed`, as a quadratic penalty on L0 would: thresholds that have risen too far
     come down again. Nothing but L0 enters, so a scaled run is controlled exactly as the unscaled one.
 
@@ -34,7 +34,7 @@ class SparsityControl:
         """What the coefficient is multiplied by."""
         level = math.exp(self.integral)
         if self.error >= 0:
-            return level * math.exp(self.error) * (1 + _ABOVE * min(self.error, _NEAR))
+            return level * math.exp(self.error)
         return level * max(self.least, 1 + _BELOW * self.error)
 
     def observe(self, l0: float) -> None:
