@@ -26,7 +26,8 @@ def report(result: Any, path: str | os.PathLike[str] | None = None) -> str | Pat
     """Render a result, and write it when a path is given.
 
     Args:
-        result: a result, or the file of an `Analysis`, `Comparison` or `Triage` in JSON.
+        result: a result, a run that holds one as `report`, or the file of an `Analysis`, `Comparison` or `Triage` in
+            JSON.
         path: file to write; its ending chooses the form: `.html` (an `Analysis`, `Comparison` or `Triage`), `.json` or
             `.txt`.
             Its directory must exist.
@@ -40,6 +41,9 @@ def report(result: Any, path: str | os.PathLike[str] | None = None) -> str | Pat
     """
     if isinstance(result, str | os.PathLike):
         result = _load(Path(result))
+    held = getattr(result, "report", None)
+    if _kinds.renderer(held, "html") is not None:  # a run that holds its report
+        result = held
     if path is None:
         return render_text(result)
     target = Path(path)

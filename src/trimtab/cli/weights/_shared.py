@@ -84,7 +84,7 @@ def analyse(analysis: str, function: str, base: str, tuned: str, reading: Readin
             raise InputError("--jobs are processes of this machine and --ray is a cluster; give one of them")
         kwargs = {"address": reading.ray, **kwargs}
         call = Call(function="trimtab.weights_on_ray", args=(analysis, base, tuned, directions), kwargs=kwargs)
-    return run(call, output, summarise=lambda made: made.report, html=reading.html)
+    return run(call, output, summarise=lambda made: getattr(made, "report", made), html=reading.html)
 
 
 def _pairs(text: str) -> int | None:
