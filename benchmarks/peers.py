@@ -28,6 +28,9 @@ AUTOENCODERS = {
 }
 """Trainers of autoencoders, which `sae_throughput.py` runs."""
 
+UNWANTED = {"dictionary_learning": "torchvision"}
+"""What a peer brings that does not fit this torch."""
+
 
 def home(peer: str) -> Path:
     """Return the directory of a peer's environment."""
@@ -43,6 +46,9 @@ def python(peer: str, packages: tuple[str, ...]) -> str:
     if not (folder / ".installed").exists():
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *packages], check=True)
+        unwanted = UNWANTED.get(peer)
+        if unwanted:
+            subprocess.run([str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", unwanted], check=True)
         (folder / ".installed").touch()
     return str(interpreter)
 

@@ -1,8 +1,9 @@
 """What every script of a trainer of autoencoders shares: the state that all begin from, and steps on request.
 
 All begin from the same parameters on the same activations: a sparse dictionary's own features as encoder and decoder,
-one threshold for all latents at which `l0` are active on average. Thus losses and L0 agree as long as what is computed
-is the same. A process reads one JSON line, answers with one, and ends with its standard input.
+one threshold for all latents at which `l0` are active on average in the precision that is used. Thus losses and L0
+agree as long as what is computed is the same. A process reads one JSON line, answers with one, and ends with its
+standard input.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 Step = Callable[[torch.Tensor], tuple[float, float]]
 """Takes one step on a batch and returns loss and L0."""
 BATCHES = 4
+ROWS = 256
 
 
 class State:
@@ -31,15 +33,19 @@ class State:
         self.features = raw / raw.norm(dim=1, keepdim=True)
         parts = []
         for _ in range(BATCHES):
-            index = torch.randint(0, d_sae, (batch, 24), generator=generator)
-            strength = torch.rand(batch, 24, generator=generator) + 0.5
-            rows = torch.einsum("bk,bkd->bd", strength, self.features[index])
-            parts.append(rows)
+            for _ in range(batch // ROWS):
+                index = torch.randint(0, d_sae, (ROWS, l0), generator=generator)
+                strength = torch.rand(ROWS, l0, generator=generator) + 0.5
+                parts.append(torch.einsum("bk,bkd->bd", strength, self.features[index]))
         norm = torch.cat(parts).square().sum(1).mean().sqrt()
-        self.batches = [rows / norm for rows in parts]
-        pre = self.batches[0] @ self.features.t()
-        self.threshold = float(pre.flatten().kthvalue(pre.numel() - l0 * batch).values)
+        self.batches = list((torch.cat(parts) / norm).split(batch))
         self.l0 = l0
+
+    def threshold(self, compute: str) -> float:
+        """Return the threshold at which `l0` latents are active, as the products of a dtype round."""
+        dtype = torch.bfloat16 if compute == "bf16" else torch.float32
+        pre = (self.batches[0].to(dtype) @ self.features.t().to(dtype)).float()
+        return float(pre.flatten().kthvalue(pre.numel() - self.l0 * len(pre)).values)
 
 
 def serve(make: Callable[[State, dict[str, Any]], Step]) -> None:

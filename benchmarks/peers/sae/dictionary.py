@@ -29,7 +29,7 @@ def make(state: State, asked: dict[str, Any]) -> Step:
         with torch.no_grad():
             trainer.ae.W_enc.copy_(state.features.t())
             trainer.ae.W_dec.copy_(state.features)
-            trainer.ae.threshold.fill_(state.threshold)
+            trainer.ae.threshold.fill_(state.threshold(asked["compute"]))
     count = 0
 
     def step(x: torch.Tensor) -> tuple[float, float]:

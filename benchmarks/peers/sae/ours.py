@@ -14,8 +14,10 @@ from trimtab.sae import Learner, OptimConfig, Precision, SAEConfig
 def make(state: State, asked: dict[str, Any]) -> Step:
     d_sae, d_in = state.features.shape
     kind: dict[str, Any] = {"architecture": asked["kind"], "k": state.l0} if asked["kind"] == "topk" else {}
-    config = SAEConfig(d_in=d_in, d_sae=d_sae, threshold=state.threshold, sparsity_coefficient=asked["l0_coefficient"],
-                       bandwidth=asked["bandwidth"], **kind)  # fmt: skip
+    config = SAEConfig(
+        d_in=d_in, d_sae=d_sae, threshold=state.threshold(asked["compute"]), bandwidth=asked["bandwidth"],
+        sparsity_coefficient=asked["l0_coefficient"], **kind,
+    )  # fmt: skip
     # The same step as the peers': no constraint on the decoder, their clipping.
     optim = OptimConfig(lr=asked["lr"], warmup=0, decay=0.0, clip=1.0, decoder_norm="free")
     learner = Learner(config, optim=optim, precision=Precision.parse("fp32", asked["compute"]), total_steps=100_000)

@@ -19,7 +19,7 @@ def make(state: State, asked: dict[str, Any]) -> Step:
         sae: Any = TopKTrainingSAE(TopKTrainingSAEConfig(k=state.l0, rescale_acts_by_decoder_norm=False, **sizes))
     else:
         config = JumpReLUTrainingSAEConfig(
-            jumprelu_init_threshold=state.threshold, jumprelu_bandwidth=asked["bandwidth"],
+            jumprelu_init_threshold=state.threshold(asked["compute"]), jumprelu_bandwidth=asked["bandwidth"],
             l0_coefficient=asked["l0_coefficient"], **sizes,
         )  # fmt: skip
         sae = JumpReLUTrainingSAE(config)
