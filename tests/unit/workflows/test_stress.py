@@ -3,23 +3,33 @@
 from __future__ import annotations
 
 import csv
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from trimtab import testbed
+from trimtab._base import jsonio
 from trimtab.backends import open_backend
+from trimtab.cli import main
 from trimtab.errors import InputError, RecipeError, UnfinishedError
-from trimtab.evaluate.scorers import Output
+from trimtab.evaluate.scorers import Output, TestbedScorer
 from trimtab.report import _stress as page
 from trimtab.results import from_json
 from trimtab.results.stress import Stress
+from trimtab.sites import Site
+from trimtab.steering import SteeringVector
 from trimtab.testbed import CONCEPTS, TONES, lexicon
+from trimtab.vectors.clean import from_neutral, keep_accurate, pooled_states, task_manifold
 from trimtab.workflows.stress import stress
+from trimtab.workflows.stress.methods import Workshop
 from trimtab.workflows.stress.outputs import is_coherent
 from trimtab.workflows.stress.sources import PROMPTS, contrasted, part_words
 from trimtab.workflows.stress.sources import testbed_attribute as make_attribute
+from trimtab.workflows.stress.sources import testbed_neutral as make_neutral
 
 TINY: dict[str, Any] = {
     "sizes": (2, 4),
@@ -155,6 +165,96 @@ def test_unknown_attributes_and_other_models_are_refused(model: Any, tmp_path: P
         stress(model, ["unicorn"], out=tmp_path / "run", **TINY)
     with pytest.raises(InputError, match="no delta scorer"):
         stress(model, out=tmp_path / "run", data={"a": "testbed:animal"}, **TINY)
+
+
+def test_methods_stand_side_by_side(model: Any, tmp_path: Path) -> None:
+    methods = ("raw", "contrastive", "contamination", "manifold", "dual", "trained")
+    small = {**TINY, "sizes": (4, 8), "controls": 0, "sites": "layers.3.resid_post", "scale": 0.5}
+    found = stress(model, ["animal"], out=tmp_path / "run", methods=methods, **small)
+    assert tuple(one.method for one in found.curves) == methods
+    blocks = {one.stem: jsonio.loads(one.read_bytes())["texts"] for one in (tmp_path / "run" / "blocks").iterdir()}
+    texts = [str(blocks[f"{one}-animal-0008-000"]) for one in methods]
+    assert len(set(texts)) == len(methods)  # every method does something of its own
+    f1 = {one.method: one.f1 for one in found.points if one.size == 8}
+    assert f1["contrastive"] > 0.9 and f1["trained"] > 0.8
+    page.render(found)
+
+
+def test_raw_vectors_of_all_concepts_are_nearly_one(model: Any) -> None:
+    """Without a contrast the mean state dominates: the trap of vectors that are made from one prompt a concept."""
+    made = {
+        method: [_vector(model, method, name) for name in ("animal", "object")] for method in ("raw", "contrastive")
+    }
+    assert float(made["raw"][0].direction @ made["raw"][1].direction) > 0.8
+    assert float(made["contrastive"][0].direction @ made["contrastive"][1].direction) < 0.3
+
+
+def test_cleaned_vectors_lie_where_cleaning_puts_them(model: Any) -> None:
+    """Each against its subspace, learned here anew."""
+    attribute = make_attribute("animal", 8, 0)
+    site, data = Site.parse("layers.3.resid_post"), attribute.first(8)
+    shop = _workshop(model)
+    raw = shop.make("contrastive", attribute, data)[site]
+    neutral = pooled_states(model, make_neutral(0), [site], pool="all")[site]
+    sides = shop.pooled(attribute.about, [site])
+    wide = raw.vector.double().numpy()
+    states = (sides[True][site], sides[False][site])
+    removed = keep_accurate(from_neutral(neutral), [(wide, states)], 0.05)
+    assert 0 < removed.k < from_neutral(neutral).k
+    without = shop.make("contamination", attribute, data)[site]
+    assert np.abs(removed.basis @ without.direction.double().numpy()).max() < 1e-6
+    assert without.norm == pytest.approx(raw.norm, rel=1e-5)
+    manifold = task_manifold(states[0], "here")
+    within = shop.make("manifold", attribute, data)[site].direction.double().numpy()
+    expected = manifold.project(wide)
+    assert within @ expected / np.linalg.norm(expected) == pytest.approx(1, abs=1e-6)
+
+
+def _workshop(model: Any) -> Workshop:
+    sites = ("layers.3.resid_post",)
+    return Workshop(model, sites=sites, pool="all", seed=0, neutral=make_neutral(0), own={})
+
+
+def _vector(model: Any, method: str, name: str) -> SteeringVector:
+    attribute = make_attribute(name, 8, 0)
+    (found,) = _workshop(model).make(method, attribute, attribute.first(8)).values()
+    return found
+
+
+def test_methods_that_do_not_exist_or_lack_something_are_refused(model: Any, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no method 'magic'; there are mean_difference, contrastive, raw"):
+        stress(model, ["animal"], out=tmp_path / "run", methods=("magic",), **TINY)
+    scorers = {"a": TestbedScorer(attribute="animal")}
+    with pytest.raises(InputError, match="method 'dual' needs texts about nothing in particular"):
+        stress(
+            model, out=tmp_path / "run", data={"a": "testbed:animal"}, delta=scorers, judge=scorers, methods=("dual",),
+            **TINY,
+        )  # fmt: skip
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_any_model_in_any_precision_by_the_command_line(
+    dtype: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(testbed.path(), tmp_path / "mine")
+    made = testbed.contrast("animal", 24, seed=5)
+    sides = zip(made.positive, made.negative, strict=True)
+    rows = [{"positive": above, "negative": below} for above, below in sides]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    command = ["evaluate", "stress", "--out", str(tmp_path / "run"), "--model", str(tmp_path / "mine")]
+    command += ["--data", f"animal={tmp_path / 'rows.jsonl'}", "--delta", "animal=testbed:animal"]
+    command += ["--judge", "animal=vector:testbed:animal", "--dtype", dtype, "--device", "cpu", "--prompt", "the"]
+    command += ["--size", "2", "--size", "4", "--seeds", "2", "--max-seeds", "2", "--max-tokens", "12"]
+    command += ["--controls", "1", "--num-prompts", "1", "--json"]
+    assert main(command) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["plan"]["dtype"] == dtype and said["plan"]["delta"] == "animal: testbed:animal"
+    assert said["plan"]["judge"] == "animal: vector:testbed:animal"
+    assert all(np.isfinite(one["effectiveness"]["se"]) and one["f1"] > 0.5 for one in said["points"])
+    bare = ["evaluate", "stress", "--out", str(tmp_path / "other"), "--model", str(tmp_path / "mine")]
+    assert main(bare) == 2  # no data: one line says what is needed
+    assert "needs contrast data and two scorers" in capsys.readouterr().err
 
 
 def test_mean_difference_steers_and_random_directions_do_not(model: Any, tmp_path: Path) -> None:

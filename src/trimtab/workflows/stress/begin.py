@@ -44,8 +44,9 @@ def check(
         raise InputError(f"{len(prompts)} prompts, {seeds} to {max_seeds} seeds: at least one of each was expected")
     if seeds > 1 and temperature == 0:
         raise InputError(f"{seeds} seeds at temperature 0 are {seeds} times the same; give a temperature, or 1 seed")
-    if data is None and model != "testbed" and not getattr(model, "model_id", "testbed").startswith("testbed"):
-        raise InputError(f"model {model!r} needs contrast data and two scorers: give data=, delta= and judge=")
+    name = str(getattr(model, "model_id", model))
+    if data is None and not name.startswith("testbed"):
+        raise InputError(f"model {name!r} needs contrast data and two scorers: give data=, delta= and judge=")
 
 
 def source(data: Mapping[str, Any], name: str) -> Any:
