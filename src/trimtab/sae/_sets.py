@@ -35,6 +35,18 @@ class Part:
     """Of the rows, in the text."""
 
 
+def gathered(parts: Iterator[list[Part]], rows: int = 2048) -> Iterator[list[Part]]:
+    """Yield the same parts, so many together that they have at least `rows` rows: products of few rows are slow."""
+    held: list[Part] = []
+    for some in parts:
+        held += some
+        if sum(len(part.x) for part in held) >= rows:
+            yield held
+            held = []
+    if held:
+        yield held
+
+
 class EvaluationSet(Protocol):
     """A fixed set of activations that can be gone through again."""
 

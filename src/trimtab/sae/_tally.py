@@ -129,8 +129,10 @@ class Tally:
         firing = z > 0
         self._residual.add(groups, (y - made).square().sum(dim=1))
         self._active.add(groups, firing.sum(dim=1))
-        self.fired += firing.sum(dim=0)
-        self.total += z.sum(dim=0, dtype=torch.float64)
+        # products with ones are many times faster than sums down the columns; counts of a piece are exact in float32
+        ones, wide = z.new_ones(len(z), dtype=torch.float32), z.float()
+        self.fired += (ones @ firing.float()).long()
+        self.total += (ones @ wide).double()
         torch.maximum(self.largest, z.amax(dim=0).to(self.largest.dtype), out=self.largest)
         lengths, products = (y.norm(dim=1), made.norm(dim=1)), (y * made).sum(dim=1)
         tiny = torch.finfo(torch.float64).tiny

@@ -19,7 +19,7 @@ from trimtab.results.sae_evaluation import PrecisionReport, SAEEvaluation, SAESc
 from trimtab.sae._data import UNKNOWN_SITE, Data, opened
 from trimtab.sae._examples import choose, examples_of
 from trimtab.sae._matched import matched
-from trimtab.sae._sets import EvaluationSet, ModelSet
+from trimtab.sae._sets import EvaluationSet, ModelSet, gathered
 from trimtab.sae._splice import splices
 from trimtab.sae._tally import Spread, Tally, decoder_cosines
 from trimtab.sae.files import load, members
@@ -192,7 +192,7 @@ def _measure(
     spread = Spread()
     tallies = {name: Tally(one, _watched(one, latents, seed), examples) for name, one in saes.items()}
     with torch.no_grad(), progress("activations") as bar:
-        for parts in rows.parts():
+        for parts in gathered(rows.parts()):
             for part in parts:
                 spread.add(part)
             for name, tally in tallies.items():
