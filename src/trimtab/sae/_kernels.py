@@ -14,8 +14,6 @@ import numpy as np
 
 from trimtab.sae._stored import jit, put, wide
 
-_BLOCK = 16
-
 
 @jit
 def count_above(pre: Any, bias: Any, floor: Any, counts: Any, start: Any, stop: Any) -> None:
@@ -31,21 +29,19 @@ def count_above(pre: Any, bias: Any, floor: Any, counts: Any, start: Any, stop: 
 @jit
 def take_above(pre: Any, bias: Any, floor: Any, ptr: Any, cols: Any, values: Any, start: Any, stop: Any) -> None:
     """Write the entries of each row above `floor` into their places."""
+    width = pre.shape[1]
+    found = np.empty(width + 1, np.int32)
     for b in range(start, stop):
         row = pre[b]
+        number = 0
+        for i in range(width):  # without a branch: what passes stays, anything else is written over
+            found[number] = i
+            number += np.int64(wide(row[i]) + bias[i] > floor[i])
         n = ptr[b]
-        for first in range(0, row.size, _BLOCK):
-            last = min(first + _BLOCK, row.size)
-            found = np.int32(0)
-            for i in range(first, last):
-                found += np.int32(wide(row[i]) + bias[i] > floor[i])
-            if found:
-                for i in range(first, last):
-                    value = wide(row[i]) + bias[i]
-                    if value > floor[i]:
-                        cols[n] = i
-                        values[n] = value
-                        n += 1
+        for q in range(number):
+            i = found[q]
+            cols[n + q] = i
+            values[n + q] = wide(row[i]) + bias[i]
 
 
 @jit
@@ -87,8 +83,8 @@ def top_of_rows(
     `cols` and `values` [batch, k], `counts` [batch] how many there are. Of equal ones the first are taken.
     """
     width = pre.shape[1]
-    found = np.empty(width, values.dtype)
-    where = np.empty(width, np.int32)
+    found = np.empty(width + 1, values.dtype)
+    where = np.empty(width + 1, np.int32)
     row = np.empty(width, values.dtype)
     nothing = np.zeros(width, values.dtype)
     zero = values[0, 0] * 0
@@ -100,17 +96,10 @@ def top_of_rows(
             row[i] = value if allowed[i] else zero
         floor, _ = _bracket(row, nothing, k, guess, zero)
         n = 0
-        for first in range(0, width, _BLOCK):
-            last = min(first + _BLOCK, width)
-            any_here = np.int32(0)
-            for i in range(first, last):
-                any_here += np.int32(row[i] > floor)
-            if any_here:
-                for i in range(first, last):
-                    if row[i] > floor:
-                        found[n] = row[i]
-                        where[n] = i
-                        n += 1
+        for i in range(width):  # without a branch: what passes stays, anything else is written over
+            found[n] = row[i]
+            where[n] = i
+            n += np.int64(row[i] > floor)
         take = min(k, n)
         cut = zero
         spare = n
