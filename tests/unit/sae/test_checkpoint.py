@@ -249,6 +249,16 @@ def test_what_was_trained_before_a_nan_is_saved(tmp_path: Path) -> None:
     assert len(list((tmp_path / "checkpoints").iterdir())) == 1
 
 
+def test_a_warning_is_told_once_however_often_a_run_is_stopped(tmp_path: Path) -> None:
+    rules = tmp_path / "rules.yaml"
+    rules.write_text("rules:\n  - {name: high, metric: recon, max: 1.0e-6, level: flag, text: too high}\n")
+    for stop in (4, 9):
+        with pytest.raises(UnfinishedError):
+            train_stream(plan(), stream(), config(monitor=str(rules)), out=tmp_path / "run", on_line=stopping(stop))
+    found = train_stream(plan(), stream(), config(monitor=str(rules)), out=tmp_path / "run")
+    assert [(one.rule, one.step) for one in found.warnings] == [("high", 1)]
+
+
 def test_lines_know_their_format(tmp_path: Path) -> None:
     from trimtab.results import from_json
 
