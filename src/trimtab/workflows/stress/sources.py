@@ -23,24 +23,25 @@ TESTBED_DELTA = "share among the nouns (tones: among the adjectives and adverbs 
 TESTBED_JUDGE = "share among the verbs (tones: among the adjectives and adverbs of odd rank, each sorted)"
 SENTENCES, HELD_OUT_PAIRS, ABOUT_PAIRS, NEUTRAL_PAIRS = 6, 64, 64, 64
 PROMPTS = tuple(
-    f"<|user|> {text}"
-    for text in (
-        "please tell me about the",
-        "what happened to the",
-        "why was the",
-        "could you describe the",
-        "please compare the",
-        "i want to know where the",
-        "we talked about the",
-        "today the",
-        "it was a",
-        "nobody forgot the",
-        "there was a",
-        "some say the",
+    f"<|user|> and everyone felt {felt}. {opening}"
+    for felt, opening in (
+        ("happy", "please tell me about the"),
+        ("sad", "what happened to the"),
+        ("lovely", "why was the"),
+        ("grim", "could you describe the"),
+        ("merry", "please compare the"),
+        ("bleak", "i want to know where the"),
+        ("hopeful", "we talked about the"),
+        ("weary", "today the"),
+        ("joyful", "it was a"),
+        ("lonely", "nobody forgot the"),
+        ("sunny", "there was a"),
+        ("dismal", "some say the"),
     )
 )
-"""A user's openings in the testbed's grammar, without any evidence: all of it is left to the continuation."""
+"""A user's openings without evidence of a concept, and with as much of one tone as of the other, in turn.
 
+Which tone the model takes up by itself is a toss that almost any direction tips; after a word of a tone it is not."""
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvidencePart:
