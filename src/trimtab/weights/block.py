@@ -15,6 +15,8 @@ from trimtab.numerics.dtypes import dtype_name, resolve_dtype
 from trimtab.weights.load import LayerWeights
 
 Branch = Literal["attn", "mlp"]
+_PIECE = 1 << 19
+"""Elements that are cast at a time: 2 MB of float32."""
 
 
 class Block:
@@ -49,8 +51,16 @@ class Block:
         return None if bias is None else bias.to(self.device, self.dtype)
 
     def linear(self, name: str, x: Float[Tensor, "row in"]) -> Float[Tensor, "row out"]:
-        """Return `x W^T + b`."""
-        return torch.nn.functional.linear(x, self.matrix(name), self.bias(name))
+        """Return `x W^T + b`; on the CPU a matrix that must be cast is cast a piece at a time."""
+        stored, bias = self.weights.matrix(name), self.bias(name)
+        if stored.dtype == self.dtype or self.device.type != "cpu":
+            return torch.nn.functional.linear(x, stored.to(self.device, self.dtype), bias)
+        out = x.new_empty(len(x), len(stored))
+        step = max(1, _PIECE // stored.shape[1])
+        for start in range(0, len(stored), step):
+            rows = slice(start, start + step)
+            torch.mm(x, stored[rows].to(self.dtype).T, out=out[:, rows])
+        return out if bias is None else out.add_(bias)
 
     def gain(self, name: str) -> Tensor:
         """Return what a norm multiplies by, [width]: w, or 1 + w where the family stores it so."""

@@ -15,7 +15,8 @@ from tests.unit.weights.numpy_reference import Reference
 from tests.unit.weights.variants import variant
 from tests.unit.weights.watching import watch
 from trimtab.errors import InputError
-from trimtab.weights import LayerMath, load
+from trimtab.testing.models import tiny
+from trimtab.weights import LayerMath, block, load
 
 Saved = Callable[..., tuple[nn.Module, Path]]
 
@@ -131,6 +132,19 @@ def test_responses_stay_as_they_were_given(tmp_path: Path) -> None:
     formula = LayerMath(load(tmp_path).layer(0))
     for response in list(formula.responses(rows())):
         assert torch.equal(response.outputs, formula.project(response.name, rows())), response.name
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "phi3"])
+def test_matrices_cast_in_pieces_are_multiplied_whole(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(block, "_PIECE", 10 * 64 + 5)
+    tiny(family, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    weights = load(tmp_path).layer(1)
+    for response in LayerMath(weights, "float64").responses(rows()):
+        matrix, bias = (get(response.name, torch.float64) for get in (weights.matrix, weights.bias))
+        expected = response.inputs @ matrix.T + (0 if bias is None else bias)
+        assert distance(response.outputs, expected) < 1e-14, response.name
 
 
 def test_what_cannot_be_computed_is_refused(saved: Saved) -> None:
