@@ -122,6 +122,13 @@ CALLS = [
     ("evaluate score r --scorer testbed:animal", "trimtab.evaluate.score('r', ['testbed:animal'])"),
     ("evaluate stress animal --out s", "tt.stress('testbed', ['animal'], out='s')"),
     (
+        "evaluate stress -m m --out s --data a=a.jsonl --delta a=testbed:animal --judge a=judge --judge-setting model=j "
+        "--neutral n.txt --method dual --method trained",
+        "tt.stress('m', out='s', methods=['dual', 'trained'], data={'a': 'a.jsonl'}, delta={'a': 'testbed:animal'}, "
+        "judge={'a': 'judge'}, judge_settings={'model': 'j'}, neutral='n.txt')",
+    ),
+    ("vectors extract d.jsonl --choose auc", "trimtab.vectors.extract('testbed', 'd.jsonl', choose='auc')"),
+    (
         "sae eval a b --data t.txt --tokens 500 --latent 3 4 --html s.html",
         "tt.report(trimtab.sae.evaluate(['a', 'b'], data='t.txt', tokens=500, latents=[3, 4]), 's.html')",
     ),

@@ -22,26 +22,19 @@ TESTBED_ATTRIBUTES = (*testbed.CONCEPTS, *testbed.TONES)
 TESTBED_DELTA = "share among the nouns (tones: among the adjectives and adverbs of even rank, each sorted)"
 TESTBED_JUDGE = "share among the verbs (tones: among the adjectives and adverbs of odd rank, each sorted)"
 SENTENCES, HELD_OUT_PAIRS, ABOUT_PAIRS, NEUTRAL_PAIRS = 6, 64, 64, 64
-PROMPTS = tuple(
-    f"<|user|> and everyone felt {felt}. {opening}"
-    for felt, opening in (
-        ("happy", "please tell me about the"),
-        ("sad", "what happened to the"),
-        ("lovely", "why was the"),
-        ("grim", "could you describe the"),
-        ("merry", "please compare the"),
-        ("bleak", "i want to know where the"),
-        ("hopeful", "we talked about the"),
-        ("weary", "today the"),
-        ("joyful", "it was a"),
-        ("lonely", "nobody forgot the"),
-        ("sunny", "there was a"),
-        ("dismal", "some say the"),
-    )
+_OPENINGS = (
+    ("please tell me about the", "happy", "sad"),
+    ("what happened to the", "merry", "bleak"),
+    ("why was the", "lovely", "grim"),
+    ("could you describe the", "hopeful", "weary"),
+    ("i want to know where the", "joyful", "lonely"),
+    ("please compare the", "sunny", "dismal"),
 )
-"""A user's openings without evidence of a concept, and with as much of one tone as of the other, in turn.
+PROMPTS = tuple(f"<|user|> and everyone felt {felt}. {opening}" for opening, *tones in _OPENINGS for felt in tones)
+"""A user's questions without evidence of a concept, each once after a cheerful word and once after a gloomy one.
 
 Which tone the model takes up by itself is a toss that almost any direction tips; after a word of a tone it is not."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvidencePart:
