@@ -14,7 +14,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -133,25 +132,18 @@ def peak_share(folder: Path, layers: int) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as out:
         analyse, _ = works(folder, layers, Path(out))
         measure_small("testbed", "testbed", {"a": torch.ones(128)}, out=Path(out) / "small")  # libraries' own memory
-        before = resident()
-        highest, stop = [0], threading.Event()
-
-        def watch() -> None:
-            while not stop.wait(0.002):
-                highest[0] = max(highest[0], resident())
-
-        watcher = threading.Thread(target=watch, daemon=True)
-        watcher.start()
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak so far is forgotten
         analyse()
-        stop.set()
-        watcher.join()
+        highest = status("VmHWM")
     own = DIRECTIONS * WIDTH * (8 + 4)  # the directions: float64, and in the dtype of the arithmetic
-    return (highest[0] - before - own) / layer
+    return (highest - before - own) / layer
 
 
-def resident() -> int:
-    """Resident bytes of this process: anonymous ones and pages of mapped files."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def status(name: str) -> int:
+    """Return a size of this process in bytes, as the kernel counts it: resident now, or at the peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:")) * 1024
 
 
 def in_process(*arguments: str) -> Any:

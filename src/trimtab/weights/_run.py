@@ -21,6 +21,7 @@ from torch import Tensor
 from trimtab.errors import InputError, UnfinishedError
 from trimtab.numerics.dtypes import resolve_dtype
 from trimtab.results.weights import AnalysisName
+from trimtab.weights._memory import return_memory
 from trimtab.weights._rows import LayerPart
 from trimtab.weights.directions import ControlKind, DirectionSet
 from trimtab.weights.layer import LayerMath
@@ -97,7 +98,7 @@ class Worker:
         settings = self._settings
         base, tuned = self._pair.layer(layer)
         with torch.inference_mode():
-            return settings.measure(
+            part = settings.measure(
                 Context(
                     layer=layer,
                     base=LayerMath(base, settings.dtype, settings.device),
@@ -106,6 +107,8 @@ class Worker:
                     settings=settings,
                 )
             )
+        return_memory()
+        return part
 
     def close(self) -> None:
         """Close both models."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from trimtab.weights._lengths import apart, inner
+from trimtab.weights._memory import return_memory
 from trimtab.weights._open import Options, analyse
 from trimtab.weights._rows import Change, Cross, LayerPart, direction_rows, pair_rows
 from trimtab.weights._run import Context
@@ -94,6 +95,7 @@ def _logits(math: LayerMath, units: Tensor, offset: int) -> tuple[Tensor, Tensor
     scores = math.qk(units, units, offset)
     own, mean = _diagonal(scores), scores.mean(dim=0).float().cpu()
     del scores  # the largest tensor of all
+    return_memory()
     if _is_odd(math.weights, ("q", "k")):
         return own, -own, mean
     return own, _diagonal(math.qk(units, -units, offset)), mean
@@ -106,6 +108,7 @@ def _diagonal(scores: Tensor) -> Tensor:
 def _promotions(context: Context) -> tuple[list[Change], Cross, float]:
     """What attending to each direction writes, a few directions at a time so that all heads of both models fit."""
     pieces = [_written(context, rows) for rows in torch.split(context.units, _ROWS)]
+    return_memory()
     found = {name: torch.cat([piece[name] for piece in pieces], dim=-1) for name in pieces[0] if name[0] != "cross"}
     crosses = [torch.cat([piece["cross", side] for piece in pieces]) for side in ("base", "tuned")]
     scale = float(max(found["length", side].max() for side in ("base", "tuned")))

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from trimtab.weights._lengths import apart, inner
+from trimtab.weights._memory import return_memory
 from trimtab.weights._open import Options, analyse
 from trimtab.weights._rows import Change, Cross, LayerPart, direction_rows, pair_rows
 from trimtab.weights._run import Context
+from trimtab.weights.layer import LayerMath
 from trimtab.weights.run import WeightsRun
 
 PART = "mlp"
+_ROWS = 256
 
 
 def measure_mlp(base: str | Path, tuned: str | Path, directions: Any, **options: Unpack[Options]) -> WeightsRun:
@@ -44,16 +47,24 @@ def measure_mlp(base: str | Path, tuned: str | Path, directions: Any, **options:
 def measure_layer(context: Context) -> LayerPart:
     """Measure one layer's MLP for all directions, then for all opposites."""
     settings, units = context.settings, context.units
-    before, after = context.base.mlp(units), context.tuned.mlp(units)
+    before, after = (_answers(math, units) for math in (context.base, context.tuned))
     changes = _changes(before, after, units, 1)
     size = changes[0].scale
     cross = Cross(part=PART, delta=((after - before) @ units.T).float().cpu())
-    changes += _changes(context.base.mlp(-units), context.tuned.mlp(-units), -units, -1)
+    opposite = [_answers(math, -units) for math in (context.base, context.tuned)]
+    changes += _changes(opposite[0], opposite[1], -units, -1)
     rows = direction_rows(context.layer, changes, settings.directions, settings.reference, context.unit)
     pairs = pair_rows(
         context.layer, cross, settings.directions, settings.reference, context.unit, settings.pairs, scale=size
     )
     return LayerPart(layer=context.layer, rows=rows.vstack(pairs), crosses=(cross,))
+
+
+def _answers(math: LayerMath, x: Tensor) -> Tensor:
+    """Return what the MLP adds; the neurons of a few rows are held at a time."""
+    answers = torch.cat([math.mlp(rows) for rows in torch.split(x, _ROWS)])
+    return_memory()
+    return answers
 
 
 def _changes(before: Tensor, after: Tensor, x: Tensor, sign: int) -> list[Change]:
