@@ -63,14 +63,18 @@ def test_low_compute_with_float32_masters_tracks_float32(low: str, rows: Rows) -
     assert wide[-1] < 0.5 * wide[0]
 
 
+SMOOTH = {"bandwidth": 0.05, "threshold": 0.02}
+"""A kernel of 0.001 lets float32 itself drift by 1.4 % when first weights are nudged by 1e-6; this one by 0.3 %."""
+
+
 @pytest.mark.full
-@pytest.mark.parametrize("settings", [{}, {"architecture": "topk", "k": 16}], ids=["jumprelu", "topk"])
+@pytest.mark.parametrize("settings", [SMOOTH, {"architecture": "topk", "k": 16}], ids=["jumprelu", "topk"])
 @pytest.mark.parametrize("low", LOW)
 def test_low_compute_with_float32_masters_tracks_float32_over_2000_steps(
     low: str, settings: dict[str, object], rows: Rows
 ) -> None:
     data = rows(2000, 512)
-    wide, narrow = smooth(run(Precision(), data, **settings), 50), smooth(run(LOW[low], data, **settings), 50)
+    wide, narrow = smooth(run(Precision(), data, **settings), 250), smooth(run(LOW[low], data, **settings), 250)
     assert float((narrow / wide - 1).abs().max()) < 0.01
 
 
