@@ -178,3 +178,19 @@ def test_bad_input() -> None:
         clean(raw, neutral=neutral(), source="concepts")
     with pytest.raises(VectorError, match="does not say at which site"):
         clean({"a": SteeringVector.of(torch.ones(4))}, source="concepts")
+
+
+def test_a_hook_that_collects_too_little_names_site_and_concept(
+    backend: Backend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A site that hands on the states of one text of three: which hook, which concept, how many."""
+    examples = [Example(text=text, label="pos", question=text) for text in ("the fox", "the dog", "the cat")]
+    site = Site.parse("layers.3.resid_post")
+    generate = backend.generate
+
+    def first_alone(requests: Any, *, writer: Any, **options: Any) -> Any:
+        return generate(requests[:1], writer=writer, **options)
+
+    monkeypatch.setattr(backend, "generate", first_alone)
+    with pytest.raises(InputError, match=r"animal: 1 of 3 texts gave a state at layers\.3\.resid_post"):
+        pooled_states(backend, examples, [site], what="animal")
