@@ -167,7 +167,7 @@ def test_rule_files_are_checked(tmp_path: Path) -> None:
         read_rules(file)
     with pytest.raises(RecipeError, match="neither auto, off, one of"):
         rules_for("jumprelu", "nonsense")
-    file.write_text("rules:\n  - {name: mine, metric: loss, max: 1, level: flag, text: t}\n")
+    file.write_text("rules:\n  - {name: mine, metric: recon, max: 1, level: flag, text: t}\n")
     monitor = Monitor("a", rules_for("jumprelu", str(file)), total_steps=9)
     assert names(monitor.see(1, {"recon": 2.0})) == [("mine", "flag")]
     assert Monitor("a", rules_for("jumprelu", "off"), total_steps=9).rules == ("finite",)
