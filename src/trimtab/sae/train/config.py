@@ -235,7 +235,7 @@ class SAESettings:
 def _check_scaled(precision: Precision, adam_trick: bool) -> None:
     if precision.compute is torch.float16 and not adam_trick:
         raise RecipeError(
-            f"{precision}: float16 gradients underflow without scales; add adam_trick (--adam-trick), or compute in bf16"
+            f"{precision}: float16 gradients underflow without scales; add adam_trick (--adam-trick), or take bf16"
         )
 
 
