@@ -73,6 +73,7 @@ def test_powers_of_two_change_no_bit(name: str, precision: Precision) -> None:
 def test_the_first_loss_is_that_of_an_independent_forward() -> None:
     """The target has kappa, and every term its scale, as an unscaled forward written by hand says."""
     made = learner("jumprelu", scales=scales(11))
+    made.parameters_stored()["b_dec"].copy_(torch.linspace(-0.1, 0.2, D_IN) * made.scales.of("b_dec"))
     x = batches(1)[0].double()
     p = made.parameters_unscaled()
     pre = (x - p["b_dec"]) @ p["W_enc"] + p["b_enc"]
