@@ -11,13 +11,12 @@ import polars as pl
 import torch
 
 from trimtab.compare._closer import blame, ranks_at, shard_errors, tolerance, worst_elements, worst_rows
+from trimtab.compare._copies import verify_copies
 from trimtab.compare._diverge import FirstOf
 from trimtab.compare._measured import Measured, relative_rows
 from trimtab.compare._parts import Notes, Outcome, Part, replay
-from trimtab.compare._sides import Side as SideOfPlan
 from trimtab.compare.align import Aligned
 from trimtab.compare.fingerprints import Neighbour, find_fingerprints
-from trimtab.compare.layout import Difference, Layout, Piece, differences, part_differences
 from trimtab.compare.ledger import Book, LedgerBook
 from trimtab.compare.match import Pair, key_of
 from trimtab.compare.measure import measure
@@ -106,7 +105,7 @@ class Execution:
         Raises:
             ComparisonError: the noise runs turned out to be bit-identical.
         """
-        self._verify_copies()
+        verify_copies((self.plan.reference, self.plan.candidate), self.book, verify=self.plan.verify)
         if parts is None:
             yield from map(self._record, self.plan.to_judge)
         else:
@@ -141,34 +140,6 @@ class Execution:
         self._idle_rules -= {self.plan.rules[number] for number in part.rules}
         self._noise_used |= part.noise_used
         self._noise_moved |= part.noise_moved
-
-    def _verify_copies(self) -> None:
-        """Compare what ranks hold that is declared, or was found, to be the same."""
-        for side in (self.plan.reference, self.plan.candidate):
-            for key, layout in zip(side.layout_keys, side.layouts, strict=True):
-                try:
-                    for found in self._unequal_copies(side, layout):
-                        self.book.note(_label(side.label), "replica", key, 1, f"{found.piece.text} {found.reason}")
-                except TraceCorruptError as error:
-                    self.book.note(_label(side.label), "corrupt", key, 1, str(error))
-                except ComparisonError:
-                    continue  # its pieces do not fit: the pair itself says so
-
-    def _unequal_copies(self, side: SideOfPlan, layout: Layout) -> Iterator[Difference]:
-        for copies in layout.copies:
-            for piece in copies[1:] if self.plan.verify else ():
-                self._verify_copy(side, piece)
-            yield from differences(copies, side.trace.tensor)
-        yield from part_differences(layout, side.trace.tensor)
-
-    def _verify_copy(self, side: SideOfPlan, piece: Piece) -> None:
-        """Hash the bytes of a copy again; those that are compared are hashed with their pair.
-
-        Raises:
-            TraceCorruptError: they are not what was written.
-        """
-        if piece.stored and piece.digest is not None and (found := side.trace.rehash(piece.record_id)) != piece.digest:
-            raise TraceCorruptError(f"{piece.text}: its bytes hash to {found}, {piece.digest} was written")
 
     def _record(self, pair: Pair) -> RecordVerdict | None:
         try:
@@ -391,10 +362,6 @@ def _unsearched(record: RecordVerdict) -> RecordVerdict:
     routed = tuple(one for one in record.fingerprints if one.kind == "routing")
     warnings = tuple(text for text in record.warnings if text != HINT)
     return dataclasses.replace(record, fingerprints=routed, warnings=warnings)
-
-
-def _label(label: str) -> Side:
-    return "reference" if label == "reference" else "candidate"
 
 
 def _noise_error(pair: Pair, reference: Trace, candidate: Trace) -> float:
