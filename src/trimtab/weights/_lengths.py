@@ -35,11 +35,17 @@ def apart(base: Float[Tensor, "*row d"], tuned: Float[Tensor, "*row d"]) -> Apar
 
 
 def inner(rows: Float[Tensor, "*row d"], others: Float[Tensor, "n d"]) -> Tensor:
-    """Return the inner product of row i (of any leading axes) with row i of `others`, float64 [*row]."""
+    """Return the inner product of row i (of any leading axes) with row i of `others`, summed in float64: [*row]."""
     if rows.ndim == 2:
-        pairs = zip(_pieces(rows), _pieces(others), strict=True)
-        return torch.cat([(one.double() * other.double()).sum(-1) for one, other in pairs]).cpu()
+        return (rows * others).sum(-1, dtype=torch.float64).cpu()
     return torch.stack([inner(one, others) for one in rows])
+
+
+def distance(base: Float[Tensor, "*row d"], tuned: Float[Tensor, "*row d"]) -> Tensor:
+    """Return |tuned - base| of every row, summed in float64: [*row]."""
+    if base.ndim == 2:
+        return (tuned - base).square_().sum(-1, dtype=torch.float64).sqrt().cpu()
+    return torch.stack([distance(one, other) for one, other in zip(base, tuned, strict=True)])
 
 
 def _pieces(rows: Tensor) -> tuple[Tensor, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from trimtab.weights._lengths import apart, inner
+from trimtab.weights._lengths import distance, inner
 from trimtab.weights._memory import return_memory
 from trimtab.weights._open import Options, analyse
 from trimtab.weights._rows import Change, Cross, LayerPart, direction_rows, pair_rows
@@ -21,7 +21,7 @@ from trimtab.weights.layer import LayerMath
 from trimtab.weights.load import LayerWeights
 from trimtab.weights.run import WeightsRun
 
-_ROWS = 128
+_ROWS = 192
 """Directions whose outputs are held for every head at once."""
 
 
@@ -135,10 +135,8 @@ def _written(context: Context, rows: Tensor) -> dict[tuple[str, str], Tensor]:
         found["total", side] = inner(vo.total, rows)
         found["cross", side] = (vo.total @ context.units.T).float().cpu()
         found["length", side] = vo.total.double().norm(dim=-1).cpu()
-    found["heads", "change"] = torch.stack(
-        [apart(one, other).change for one, other in zip(sides["base"].heads, sides["tuned"].heads, strict=True)]
-    )
-    found["total", "change"] = apart(sides["base"].total, sides["tuned"].total).change
+    found["heads", "change"] = distance(sides["base"].heads, sides["tuned"].heads)
+    found["total", "change"] = distance(sides["base"].total, sides["tuned"].total)
     for side, math in (("base", context.base), ("tuned", context.tuned)):
         odd = _is_odd(math.weights, ("v", "o"))
         found["opposite", side] = found["total", side] if odd else inner(math.vo(-rows).total, -rows)

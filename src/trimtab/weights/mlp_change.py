@@ -17,7 +17,7 @@ from trimtab.weights.layer import LayerMath
 from trimtab.weights.run import WeightsRun
 
 PART = "mlp"
-_ROWS = 256
+_ROWS = 1024
 
 
 def measure_mlp(base: str | Path, tuned: str | Path, directions: Any, **options: Unpack[Options]) -> WeightsRun:
