@@ -33,4 +33,5 @@ def first_parameters(config: SAEConfig, generator: torch.Generator) -> dict[str,
 
 def _directions(count: int, width: int, generator: torch.Generator) -> Tensor:
     raw = torch.randn(count, width, generator=generator, dtype=torch.float64)
-    return raw / raw.norm(dim=1, keepdim=True)
+    lengths: Tensor = raw.norm(dim=1, keepdim=True)
+    return raw / lengths

@@ -33,7 +33,7 @@ def take_above(pre: Any, bias: Any, floor: Any, ptr: Any, cols: Any, values: Any
     found = np.empty(width + 1, np.int32)
     for b in range(start, stop):
         row = pre[b]
-        number = 0
+        number = np.int64(0)
         for i in range(width):  # without a branch: what passes stays, anything else is written over
             found[number] = i
             number += np.int64(wide(row[i]) + bias[i] > floor[i])
@@ -95,7 +95,7 @@ def top_of_rows(
             value = wide(source[i]) + bias[i]
             row[i] = value if allowed[i] else zero
         floor, _ = _bracket(row, nothing, k, guess, zero)
-        n = 0
+        n = np.int64(0)
         for i in range(width):  # without a branch: what passes stays, anything else is written over
             found[n] = row[i]
             where[n] = i

@@ -109,7 +109,7 @@ def encode(x: Tensor, b_dec: Tensor | None, weight: Tensor, bias: Tensor | None,
         bias: [d_sae].
         low: the copy of `weight` that the product is made with.
     """
-    result: Tensor = _Encode.apply(x, b_dec, weight, bias, low)
+    result: Tensor = _Encode.apply(x, b_dec, weight, bias, low)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -122,7 +122,7 @@ def decode(z: Tensor, weight: Tensor, low: Tensor, wide: torch.dtype) -> Tensor:
         low: the copy of `weight` that the product is made with.
         wide: dtype of the result.
     """
-    result: Tensor = _Decode.apply(z, weight, low, wide)
+    result: Tensor = _Decode.apply(z, weight, low, wide)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -139,5 +139,5 @@ def jump(pre: Tensor, threshold: Tensor, bandwidth: float, *, to_input: bool = F
         z [batch, d_sae] in the dtype of `pre`, and the number of active latents in the batch, wide, a scalar; both have
         gradients.
     """
-    z, count = _Jump.apply(pre, threshold, bandwidth, to_input)
+    z, count = _Jump.apply(pre, threshold, bandwidth, to_input)  # type: ignore[no-untyped-call]
     return z, count
