@@ -25,12 +25,14 @@ from tests.vllm import _engine as engine
 from trimtab.evaluate import Judge, JudgeConfig
 from trimtab.evaluate.scorers import Output
 from trimtab.evaluate.scorers.judge import fill, read_verdict
+from trimtab.steering import Add, Steering
 
 pytestmark = [
     *engine.MARKS,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="openai is not installed: make test does it"),
 ]
-START_SECONDS = 300
+START_SECONDS = 500
 RUBRIC = "{question} 100 {answer}"
 OUTPUTS = [Output(question=f"{number} {3 * number}", text=f"{7 * number % 100} {number} 50") for number in range(24)]
 
@@ -63,8 +65,11 @@ def url(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     folder = tmp_path_factory.mktemp("server")
-    argv = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    argv += ["--dtype", "float32", "--max-model-len", "64", "--enforce-eager", "--served-model-name", "judge"]
+    stored = folder / "steerings"
+    stored.mkdir()
+    Steering({"layers.1.resid_post": [Add(torch.ones(128), scale=1.0)]}).save(stored / "unused.safetensors")
+    argv = [sys.executable, "-m", "trimtab", "serve", str(model), "--steering", str(stored), "--port", str(port)]
+    argv += ["--dtype", "float32", "--max-model-len", "64", "--engine", "enforce_eager=true"]
     env = os.environ | engine.SETTINGS | {"VLLM_CACHE_ROOT": str(folder / "cache")}
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING")  # a server keeps its engine in a process of its own
     log = folder / "server.log"
@@ -118,7 +123,7 @@ def test_every_verdict_is_the_servers_own_answer(url: str, model: Path, tmp_path
     pytest.importorskip("tenacity")
     pytest.importorskip("diskcache")
     config = JudgeConfig(
-        model="judge", base_url=url, rubric=RUBRIC, max_tokens=1, requests_per_second=1e4, attempts=1, workers=4,
+        model=str(model), base_url=url, rubric=RUBRIC, max_tokens=1, requests_per_second=1e4, attempts=1, workers=4,
         cache=str(tmp_path / "cache"),
     )  # fmt: skip
     marks = Judge(config).score(OUTPUTS)
