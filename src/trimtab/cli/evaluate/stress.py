@@ -38,7 +38,7 @@ class Test:
     """Outputs that may be drawn until the knee's intervals are narrow."""
     max_tokens: int = 50
     """Length of an output."""
-    temperature: float = 0.2
+    temperature: float = 0.25
     """Of the sampling."""
     unit: Literal["token_norm", "absolute", "vector_norm"] = "token_norm"
     """Of --scale: a part of each token's norm, hidden units, or multiples of the vector's own length."""

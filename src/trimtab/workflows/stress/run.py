@@ -51,7 +51,7 @@ def stress(
     seeds: int = 4,
     max_seeds: int = 12,
     max_tokens: int = 50,
-    temperature: float = 0.2,
+    temperature: float = 0.25,
     methods: Sequence[str] = ("mean_difference",),
     own_methods: Mapping[str, Make] | None = None,
     sites: str | Sequence[str] = "layers.*.resid_post",
