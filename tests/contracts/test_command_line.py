@@ -122,8 +122,8 @@ CALLS = [
     ("evaluate score r --scorer testbed:animal", "trimtab.evaluate.score('r', ['testbed:animal'])"),
     ("evaluate stress animal --out s", "tt.stress('testbed', ['animal'], out='s')"),
     (
-        "evaluate stress -m m --out s --data a=a.jsonl --delta a=testbed:animal --judge a=judge --judge-setting model=j "
-        "--neutral n.txt --method dual --method trained",
+        "evaluate stress -m m --out s --data a=a.jsonl --delta a=testbed:animal --judge a=judge "
+        "--judge-setting model=j --neutral n.txt --method dual --method trained",
         "tt.stress('m', out='s', methods=['dual', 'trained'], data={'a': 'a.jsonl'}, delta={'a': 'testbed:animal'}, "
         "judge={'a': 'judge'}, judge_settings={'model': 'j'}, neutral='n.txt')",
     ),
@@ -133,7 +133,8 @@ CALLS = [
         "tt.report(trimtab.sae.evaluate(['a', 'b'], data='t.txt', tokens=500, latents=[3, 4]), 's.html')",
     ),
     (
-        "sae train synthetic:256x64:8 --out r --d-sae 512 1024 --lower-dtype bf16 --target-l0 9 --early-exit 5 --max-norm 0",
+        "sae train synthetic:256x64:8 --out r --d-sae 512 1024 --lower-dtype bf16 --target-l0 9 --early-exit 5 "
+        "--max-norm 0",
         "trimtab.sae.train('synthetic:256x64:8', out='r', max_norm=None, d_sae=[512, 1024], target_l0=9.0, "
         "lower_dtype='bf16', early_exit=5)",
     ),
