@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from trimtab._base.lazy import lazy
 from trimtab._version import __version__
 
 if TYPE_CHECKING:
@@ -142,30 +141,6 @@ __all__ = [
     "weights_on_ray",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'trimtab' has no attribute {name!r}")
-    module, colon, attribute = _WHERE[name].partition(":")
-    value = importlib.import_module(f"trimtab.{module}")
-    if attribute or not colon:
-        value = getattr(value, attribute or name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `trimtab.compare` and `trimtab.report` functions: importing the packages of those names binds nothing."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = lazy(__name__, _WHERE)
 if os.environ.get("TRIMTAB_DUMP"):
     importlib.import_module("trimtab.dump.environment").start()

@@ -5,10 +5,9 @@ Names are imported when they are used: reading vectors loads no training code.
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab._base.lazy import lazy
 
 if TYPE_CHECKING:
     from trimtab.vectors.clean import clean as clean
@@ -72,25 +71,4 @@ __all__ = [
     "train",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'trimtab.vectors' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"trimtab.vectors.{_WHERE[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `vectors.extract` a function: importing the package of that name binds nothing."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in _WHERE and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = lazy(__name__, _WHERE)

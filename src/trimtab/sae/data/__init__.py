@@ -5,8 +5,9 @@ Names are imported when they are used: the settings alone load no model code.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trimtab._base.lazy import lazy
 
 if TYPE_CHECKING:
     from trimtab.sae.data.buffer import ShuffleBuffer as ShuffleBuffer
@@ -55,14 +56,4 @@ __all__ = [
     "open_texts",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module 'trimtab.sae.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"trimtab.sae.data.{_WHERE[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _WHERE)
