@@ -6,20 +6,18 @@ out does not depend on the cluster: it is the result of `compare` in one process
 
 from __future__ import annotations
 
-import socket
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from trimtab._base.optional import require
 from trimtab.compare._parts import Part
 from trimtab.compare._sides import open_trace
 from trimtab.compare.conclude import conclude
 from trimtab.compare.execute import Execution
 from trimtab.compare.parallel import AHEAD, judge_span, make_portable, open_plan, share_out
 from trimtab.compare.plan import ComparisonPlan, plan_comparison
-from trimtab.errors import ComparisonError, InputError
+from trimtab.errors import ComparisonError
 from trimtab.results.comparison import Comparison
+from trimtab.workflows._ray import cluster, in_order, reason
 
 
 def compare_on_ray(reference: str, candidate: str, *, address: str, **options: Any) -> Comparison:
@@ -52,36 +50,17 @@ def judge_on_ray(plan: ComparisonPlan, address: str) -> Iterator[Part]:
         InputError: no cluster answers at the address.
         ComparisonError: a machine of the cluster failed, or cannot read the traces.
     """
-    ray = require("ray", extra="ray", feature="comparing on a cluster")
-    ours = not ray.is_initialized()
-    if ours:
-        _connect(ray, address)
-    actors: list[Any] = []
-    try:
-        workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        spans = share_out(plan, workers)
-        portable = ray.put(make_portable(plan))
-        judge = ray.remote(num_cpus=1)(_Judge)
-        actors = [judge.remote(portable) for _ in range(min(workers, len(spans)))]
-        waiting: deque[Any] = deque()
-        for number, span in enumerate(spans):
-            waiting.append(actors[number % len(actors)].judge.remote(span))
-            if len(waiting) > AHEAD * len(actors):
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
-        said = str(cause).strip().splitlines()
-        raise ComparisonError(
-            f"a machine of the cluster could not compare: {said[-1] if said else type(cause).__name__}; "
-            "every one needs this package, and the traces under the same paths"
-        ) from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        if ours:
-            ray.shutdown()
+    with cluster(address, "comparing on a cluster") as ray:
+        try:
+            portable = ray.put(make_portable(plan))
+            judge = ray.remote(num_cpus=1)(_Judge)
+            spans = share_out(plan, max(1, int(ray.cluster_resources().get("CPU", 1))))
+            yield from in_order(ray, lambda: judge.remote(portable), len(spans), spans, AHEAD)
+        except ray.exceptions.RayError as error:
+            raise ComparisonError(
+                f"a machine of the cluster could not compare: {reason(error)}; every one needs this package, and the "
+                "traces under the same paths"
+            ) from error
 
 
 class _Judge:
@@ -92,21 +71,6 @@ class _Judge:
             open_trace(path)  # a machine that does not see the traces says so before anything is judged
         open_plan(portable)
 
-    def judge(self, span: tuple[int, int]) -> Part:
+    def do(self, span: tuple[int, int]) -> Part:
         """Judge the pairs `[begin, end)`."""
         return judge_span(span)
-
-
-def _connect(ray: Any, address: str) -> None:
-    """Connect; a port that nobody listens on is tried here, because ray itself tries it for minutes."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    try:
-        if host and port.isdigit():
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False, logging_level="error")
-    except (OSError, ValueError, RuntimeError) as error:
-        said = str(error).strip().splitlines()
-        raise InputError(
-            f"no Ray cluster answers at {address!r} ({said[0] if said else type(error).__name__}); give HOST:PORT of "
-            "its head, 'auto' on one of its machines, or 'local'"
-        ) from error

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ import torch
 
 from trimtab._base import jsonio
 from trimtab._base.files import atomic_write_text, safe_name
-from trimtab._base.optional import require
 from trimtab._base.progress import progress
 from trimtab.errors import InputError, TraceLockedError, TrimtabError, UnfinishedError
 from trimtab.results import from_json, to_dict, to_json
@@ -28,7 +26,7 @@ from trimtab.vectors.train import Engine, TrainingConfig, prepare, train
 from trimtab.vectors.train.estimate import estimate
 from trimtab.vectors.train.saved import RESULT
 from trimtab.vectors.train.training import STATE, as_engine
-from trimtab.workflows.cluster import _connect
+from trimtab.workflows._ray import cause_of, cluster, reason
 
 _PLAN, _TABLE, _ERROR = "queue.json", "summary.json", "error.json"
 _ENDINGS = (".jsonl", ".ndjson", ".parquet", ".json")
@@ -241,7 +239,7 @@ def _on_ray(
     """Give every set to exactly one worker, the next to whoever is free; returns the number of workers."""
     if not isinstance(model, str | Path):
         raise InputError("a queue on Ray loads the model on every worker: give it by name, not as an object")
-    with _cluster(address) as ray:
+    with cluster(address, "a queue on a cluster") as ray:
         resources = ray.cluster_resources()
         devices = int(resources.get("GPU", 0))
         count = min(len(jobs), workers or devices or int(resources.get("CPU", 1)))
@@ -258,13 +256,11 @@ def _on_ray(
                 if waiting:
                     running[actor.train.remote(waiting.pop(0))] = actor
         except ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error
+            cause = cause_of(error)
             if isinstance(cause, InputError):
                 raise cause from error
-            said = str(cause).strip().splitlines()
             raise UnfinishedError(
-                f"a worker failed: {said[-1] if said else type(cause).__name__}; finished sets are kept: go on "
-                "with the same command"
+                f"a worker failed: {reason(error)}; finished sets are kept: go on with the same command"
             ) from error
         finally:
             for actor in actors:
@@ -284,19 +280,6 @@ class _Worker:
         """Train one set."""
         _train(self._engine, job, self._config)
         return job.name
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[Any]:
-    ray = require("ray", extra="ray", feature="a queue on a cluster")
-    ours = not ray.is_initialized()
-    if ours:
-        _connect(ray, address)
-    try:
-        yield ray
-    finally:
-        if ours:
-            ray.shutdown()
 
 
 def _next(rows: Sequence[TrainingRow]) -> str:

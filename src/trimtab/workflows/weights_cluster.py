@@ -6,20 +6,18 @@ each; what it measured travels, and is kept here. What comes out does not depend
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from trimtab import weights
-from trimtab._base.optional import require
 from trimtab.errors import InputError, UnfinishedError
 from trimtab.results.weights import AnalysisName
 from trimtab.weights import WeightsRun
 from trimtab.weights._rows import LayerPart
 from trimtab.weights._run import Settings, Worker
 from trimtab.weights.pair import Pair
-from trimtab.workflows.cluster import _connect
+from trimtab.workflows._ray import cluster, in_order, reason
 
 _ANALYSES: dict[str, Callable[..., WeightsRun]] = {
     "susceptibility": weights.measure_susceptibility,
@@ -66,32 +64,24 @@ def measure_on_ray(settings: Settings, layers: Sequence[int], address: str) -> I
         InputError: no cluster answers at the address.
         UnfinishedError: a machine of the cluster failed, or cannot read the models.
     """
-    ray = require("ray", extra="ray", feature="measuring on a cluster")
-    ours = not ray.is_initialized()
-    if ours:
-        _connect(ray, address)
-    actors: list[Any] = []
-    try:
-        count = min(len(layers), max(1, int(ray.cluster_resources().get("CPU", 1))))
-        shared = ray.put(settings)
-        worker = ray.remote(num_cpus=1)(Worker)
-        actors = [worker.remote(shared) for _ in range(count)]
-        waiting: deque[Any] = deque()
-        for number, layer in enumerate(layers):
-            waiting.append(actors[number % count].measure.remote(layer))
-            if len(waiting) > 2 * count:
-                yield ray.get(waiting.popleft())
-        while waiting:
-            yield ray.get(waiting.popleft())
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None) or error
-        said = str(cause).strip().splitlines()
-        raise UnfinishedError(
-            f"a machine of the cluster could not measure: {said[-1] if said else type(cause).__name__}; each needs "
-            "this package, and the models under the same paths; finished layers are kept"
-        ) from error
-    finally:
-        for actor in actors:
-            ray.kill(actor)
-        if ours:
-            ray.shutdown()
+    with cluster(address, "measuring on a cluster") as ray:
+        try:
+            shared = ray.put(settings)
+            worker = ray.remote(num_cpus=1)(_LayerWorker)
+            yield from in_order(ray, lambda: worker.remote(shared), len(layers), layers, 2)
+        except ray.exceptions.RayError as error:
+            raise UnfinishedError(
+                f"a machine of the cluster could not measure: {reason(error)}; each needs this package, and the "
+                "models under the same paths; finished layers are kept"
+            ) from error
+
+
+class _LayerWorker:
+    """An actor: both models opened once, layers measured one after the other."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._worker = Worker(settings)
+
+    def do(self, layer: int) -> LayerPart:
+        """Measure a layer."""
+        return self._worker.measure(layer)
