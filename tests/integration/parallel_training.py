@@ -194,8 +194,9 @@ def plainly(model: nn.Module, step: int) -> None:
 
 def record(folder: Path, model: nn.Module, step: Step, coordinates: Any = None) -> None:
     """Train under a dump."""
-    # With a small eps the first update is the sign of the gradient, also where that is rounding.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4, foreach=False)
+    # With a small eps the first update is the sign of the gradient, also where that is rounding; with one far above the
+    # gradients it is nearly linear in them.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-2, foreach=False)
     with dump.record(folder, coordinates=coordinates) as session:
         session.watch(model, optimizer)
         for number in range(STEPS):

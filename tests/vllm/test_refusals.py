@@ -89,12 +89,12 @@ def serving(model: str) -> dict[str, Any]:
     found["verb"] = said(lambda: client._ask("no such verb"))
     found["bytes"] = said(lambda: client._ask("register", b"\x80\x04 this is a pickle"))
     handmade = {
-        "version": {"v": 2, "id": "a"},
+        "version": {"v": 1, "id": "a"},
         "text": "name:0.5",
-        "digest": {"v": 1, "id": "b", "steering": {"digest": "f" * 64, "ops": []}},
-        "ops": {"v": 1, "id": "c", "steering": {"digest": good.digest}},
-        "capture": {"v": 1, "id": "d", "capture": {"sites": ["nowhere"], "edit": ["after"], "positions": "all"}},
-        "selection": {"v": 1, "id": "e", "capture": {"sites": [SITE], "edit": ["after"], "positions": "tokens{"}},
+        "digest": {"v": 2, "id": "b", "steering": {"digest": "f" * 64, "ops": "[]"}},
+        "ops": {"v": 2, "id": "c", "steering": {"digest": good.digest}},
+        "capture": {"v": 2, "id": "d", "capture": {"sites": ["nowhere"], "edit": ["after"], "positions": "all"}},
+        "selection": {"v": 2, "id": "e", "capture": {"sites": [SITE], "edit": ["after"], "positions": "tokens{"}},
     }
     prompts = engine.prompts(len(handmade) + 2, 9)
     plain = engine.tokens(engine.generate(llm, prompts[:1], engine.sampling(**settings)))[0]
