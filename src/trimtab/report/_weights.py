@@ -140,8 +140,10 @@ def _headline(result: WeightsAnalysis) -> str:
 
 
 def _first(result: WeightsAnalysis) -> RankedChange | None:
-    whole = [one for one in result.rankings if one.layer is not None]
-    return min(whole, key=lambda one: one.rank, default=None)
+    """The strongest of any measure; of MLPs by `excess`, since long answers move most whatever was trained."""
+    placed = [one for one in result.rankings if one.layer is not None]
+    fair = [one for one in placed if one.measure == "excess"]
+    return min(fair or placed, key=lambda one: one.rank, default=None)
 
 
 def _place(one: RankedChange) -> str:

@@ -107,7 +107,8 @@ class FocusLayer:
     next_layer: int | None
     """The second; None: there is one layer only."""
     top: tuple[str, ...]
-    """Labels of the directions with the largest z there, at most ten."""
+    """Labels of the directions that stand out most there, at most ten: by z of `excess` where that is measured, which
+    length does not decide; else by this measure's own z."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -47,6 +47,23 @@ class SelfTest:
     zeros: Mapping[str, float]
     """Share of each gradient's elements that are exactly 0."""
 
+    @classmethod
+    def of(cls, gradients: Mapping[str, Tensor], *, reached: bool) -> SelfTest:
+        """Judge the gradients of whole parameters, and whether the sparsity reaches any of them."""
+        problems = []
+        for name, gradient in gradients.items():
+            finite = bool(gradient.isfinite().all())
+            if not finite or not gradient.any():
+                problems.append(f"{name}: the gradient is {'0 everywhere' if finite else 'not finite'}")
+        if not reached:
+            problems.append("sparsity: it reaches no parameter, so L0 cannot change")
+        return cls(
+            passed=not problems,
+            problems=tuple(problems),
+            gradients={name: float(value.norm()) for name, value in gradients.items()},
+            zeros={name: float((value == 0).double().mean()) for name, value in gradients.items()},
+        )
+
 
 @dataclass(slots=True)
 class Computed:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from trimtab.errors import InputError
 from trimtab.sae import fast
 from trimtab.sae._begin import first_parameters
-from trimtab.sae.architectures import FUNCTIONS, Scene, Split
+from trimtab.sae.architectures import FUNCTIONS, Scene, Split, Weights
 from trimtab.sae.config import OptimConfig, SAEConfig
 from trimtab.sae.figures import Computed as Computed
 from trimtab.sae.figures import SelfTest as SelfTest
@@ -21,6 +23,11 @@ from trimtab.sae.figures import figures_of, step_losses
 from trimtab.sae.optim import SparsityControl, Updater, lr_factor, sparsity_factor
 from trimtab.sae.precision import Precision
 from trimtab.sae.scaling import Scales
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from trimtab.sae.shards import Shards
 
 
 class Learner:
@@ -36,6 +43,7 @@ class Learner:
         device: where it lives.
         compile: compile the loss with torch.compile; worth it on a GPU.
         split: how latents are spread over processes; None: they are all here.
+        shared: processes of which each keeps a part of the parameters and moments, see `shards`; None: all are here.
 
     Raises:
         RecipeError: settings that do not fit each other.
@@ -53,6 +61,7 @@ class Learner:
         device: str | torch.device = "cpu",
         compile: bool = False,
         split: Split | None = None,
+        shared: DeviceMesh | None = None,
     ) -> None:
         self.config, self.optim = config, OptimConfig() if optim is None else optim
         self.optim.check(config)
@@ -65,10 +74,12 @@ class Learner:
             self._forward = torch.compile(self._forward)
         self.fast = not compile
         """Whether the compiled passes of a CPU are used where they know how; the general form is their reference."""
-        self._split = split
+        self._split, self._shared = split, shared
         self.own = slice(0, config.d_sae) if split is None else split.own(config.d_sae)
         """The latents that this process holds."""
-        self._parameters = self._stored(first_parameters(config, self._generator))
+        self.shards: Shards | None = None
+        """Where the whole parameters come from, when this process keeps a part."""
+        self._parameters = self._begin(first_parameters(config, self._generator))
         self._updater = Updater(
             self.optim, self._parameters, self.scales, self.precision, decoder_norm=config.decoder_norm
         )
@@ -102,7 +113,12 @@ class Learner:
         """Return losses and gradients of a batch; nothing moves. `watch` is told of activations by name."""
         coefficient = self._coefficient()
         self._needs(target)
-        scene = self._scene(self._parameters, x, target, coefficient, watch)
+        if self.shards is not None:
+            terms, gradients = self.shards.differentiate(
+                lambda weights: self._forward(self._scene(weights, x, target, coefficient, watch)), self.scales.loss
+            )
+            return Computed(figures_of(terms, len(x)), gradients, terms.fired, len(x), coefficient, terms.cut)
+        scene = self._scene(Weights(self._parameters, self._low), x, target, coefficient, watch)
         if self.fast and fast.fits(scene):
             terms, gradients = fast.differentiate(scene)
             return Computed(figures_of(terms, len(x)), gradients, terms.fired, len(x), coefficient, terms.cut)
@@ -140,8 +156,8 @@ class Learner:
         """Return the losses of a batch as the next step would see it; nothing moves."""
         coefficient = self._coefficient()
         self._needs(target)
-        with torch.no_grad():
-            terms = self._forward(self._scene(self._parameters, x, target, coefficient))
+        with torch.no_grad(), self._gathered() as weights:
+            terms = self._forward(self._scene(weights, x, target, coefficient))
         lr = self.optim.lr * lr_factor(self.optim, self.steps, self.total_steps)
         return step_losses(
             figures_of(terms, len(x)), step=self.steps, grad_norm=math.nan, lr=lr, coefficient=coefficient
@@ -159,14 +175,16 @@ class Learner:
     @torch.no_grad()
     def latents(self, x: Tensor) -> Tensor:
         """Return the latents [batch, d_sae] that training sees, unscaled, wide; BatchTopK's depend on the batch."""
-        scene = self._scene(self._parameters, x)
-        return self._latents(scene).to(self.precision.wide) / self.scales.pre
+        with self._gathered() as weights:
+            found = self._latents(self._scene(weights, x))
+        return found.to(self.precision.wide) / self.scales.pre
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
         """Return the reconstruction [batch, d_out], unscaled, wide."""
-        scene = self._scene(self._parameters, x)
-        return scene.decode(self._latents(scene)) / self.scales.total
+        with self._gathered() as weights:
+            scene = self._scene(weights, x)
+            return scene.decode(self._latents(scene)) / self.scales.total
 
     def parameters_unscaled(self) -> dict[str, Tensor]:
         """Return the parameters under SAELens's names, scales undone, wide, on the CPU.
@@ -195,6 +213,7 @@ class Learner:
             total_steps=self.total_steps,
             device=self.device,
             split=self._split,
+            shared=self._shared,
         )
         for name, value in self._parameters.items():
             other._parameters[name].copy_(value)
@@ -251,33 +270,33 @@ class Learner:
         return self._silent >= (self.config.dead_tokens if tokens is None else tokens)
 
     def self_test(self, x: Tensor, target: Tensor | None = None) -> SelfTest:
-        """Look whether every parameter has a finite gradient other than 0, and the sparsity reaches the parameters.
+        """Look whether every parameter has a finite gradient other than 0, and the sparsity reaches the parameters."""
+        return SelfTest.of(self.gradients(x, target), reached=self.sparsity_reaches(x, target))
 
-        The sparsity's path is looked at with its full coefficient, whatever a warm-up makes of it now.
+    def sparsity_reaches(self, x: Tensor, target: Tensor | None = None) -> bool:
+        """Return whether the sparsity has a gradient at a parameter that is here; of TopK kinds nobody asks.
+
+        It is looked at with its full coefficient, whatever a warm-up makes of it now.
         """
-        gradients = self.gradients(x, target)
-        problems = []
-        for name, gradient in gradients.items():
-            finite = bool(gradient.isfinite().all())
-            if not finite or not gradient.any():
-                problems.append(f"{name}: the gradient is {'0 everywhere' if finite else 'not finite'}")
-        if not self.config.is_topk:
-            leaves = {name: value.detach().requires_grad_() for name, value in self._parameters.items()}
-            scene = self._scene(leaves, x, target, max(self.config.sparsity_coefficient, 1.0))
+        if self.config.is_topk:
+            return True
+        with self._gathered() as weights:
+            leaves = {name: value.detach().requires_grad_() for name, value in weights.parameters.items()}
+            scene = self._scene(Weights(leaves, weights.low), x, target, max(self.config.sparsity_coefficient, 1.0))
             sparsity = self._forward(scene).sparsity
-            reached = (
-                torch.autograd.grad(sparsity * self.scales.loss, list(leaves.values()), allow_unused=True)
-                if sparsity.requires_grad
-                else ()
-            )
-            if not any(bool(one.any()) for one in reached if one is not None):
-                problems.append("sparsity: it reaches no parameter, so L0 cannot change")
-        return SelfTest(
-            passed=not problems,
-            problems=tuple(problems),
-            gradients={name: float(value.norm()) for name, value in gradients.items()},
-            zeros={name: float((value == 0).double().mean()) for name, value in gradients.items()},
-        )
+            if not sparsity.requires_grad:
+                return False
+            found = torch.autograd.grad(sparsity * self.scales.loss, list(leaves.values()), allow_unused=True)
+        return any(bool(one.any()) for one in found if one is not None)
+
+    @contextmanager
+    def _gathered(self) -> Iterator[Weights]:
+        """Have the whole parameters for a while."""
+        if self.shards is None:
+            yield Weights(self._parameters, self._low)
+        else:
+            with self.shards.gathered() as weights:
+                yield weights
 
     def _coefficient(self) -> float:
         factor = 1.0 if self._control is None else self._control.factor
@@ -289,7 +308,7 @@ class Learner:
 
     def _scene(
         self,
-        parameters: Mapping[str, Tensor],
+        weights: Weights,
         x: Tensor,
         target: Tensor | None = None,
         coefficient: float = 0.0,
@@ -307,8 +326,8 @@ class Learner:
             config=config,
             scales=scales,
             precision=self.precision,
-            parameters=parameters,
-            low=self._low,
+            parameters=weights.parameters,
+            low=weights.low,
             x=given if scales.s == 1 else given * scales.s,
             target=wanted if scales.total == 1 else wanted * scales.total,
             coefficient=coefficient,
@@ -318,15 +337,25 @@ class Learner:
             watch=watch,
         )
 
-    def _stored(self, unscaled: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        wide = self.precision.wide
+    def _begin(self, unscaled: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return this process's part of the parameters, as they are stored."""
         mine = {name: value if name == "b_dec" else value[self.own] for name, value in unscaled.items()}
-        return {
-            name: (value.to(self.device, wide) * self.scales.of(name)).to(
-                wide if name == "threshold" else self.precision.dtype
-            )
-            for name, value in mine.items()
-        }
+        if self._shared is None:
+            return {name: self._stored(name, value) for name, value in mine.items()}
+        from trimtab.sae._mesh import part_of
+        from trimtab.sae.shards import Shards
+
+        shapes = {name: torch.empty_like(value, dtype=self._dtype(name), device="meta") for name, value in mine.items()}
+        self.shards = Shards(shapes, self._shared, self.precision, self.device)
+        for name, value in mine.items():
+            self.shards.own[name].copy_(self._stored(name, part_of(value, self._shared)))
+        return self.shards.own
+
+    def _dtype(self, name: str) -> torch.dtype:
+        return self.precision.wide if name == "threshold" else self.precision.dtype
+
+    def _stored(self, name: str, unscaled: Tensor) -> Tensor:
+        return (unscaled.to(self.device, self.precision.wide) * self.scales.of(name)).to(self._dtype(name))
 
     def _unscaled(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         found = {
@@ -338,10 +367,15 @@ class Learner:
     def _trained_threshold(self) -> Tensor:
         """Return the one threshold of a BatchTopK kind, [d_sae]; before the first step it is 0."""
         cut = self._cut.nan_to_num(0.0).to("cpu", self.precision.wide)
-        return cut.expand(len(self._silent)).clone()
+        return cut.expand(len(self._parameters["b_enc"])).clone()
 
     def _refresh(self) -> None:
-        """Make the low-precision copies of the weights; where the dtype is that of storage they are the weights."""
+        """Make the low-precision copies of the weights; where the dtype is that of storage they are the weights.
+
+        Where this process keeps a part there are none: weights are gathered in low precision.
+        """
+        if self.shards is not None:
+            return
         for name in ("W_enc", "W_dec"):
             self._low[name] = self._parameters[name].to(self.precision.compute)
 

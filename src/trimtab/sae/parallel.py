@@ -9,7 +9,9 @@ different tokens of every batch. Each step then is the one that a single process
     b_dec     what comes through the encoder is summed over the latents' processes
     gradient  averaged over the tokens' processes; its length is taken over all
 
-Checkpoints and results hold whole tensors, so a run may go on with another number of processes.
+The tokens' processes hold the same parameters each, or, where parameters are sharded, a part of them each (see
+`shards`): of masters, moments and gradients. Checkpoints and results hold whole tensors, so a run may go on with
+another number of processes, arranged otherwise.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from trimtab.errors import InputError
-from trimtab.sae.learner import Computed, Learner, StepLosses
+from trimtab.sae._mesh import joined, part_of
+from trimtab.sae.learner import Computed, Learner, SelfTest, StepLosses
 
 _ALIKE = ("b_dec",)
 """Parameters that every process of the latents holds whole."""
@@ -37,9 +39,10 @@ class Parallel:
 
     Args:
         mesh: dimensions "tokens" and "latents"; None: one process.
+        shard_parameters: whether each of the tokens' processes keeps a part of the parameters.
     """
 
-    def __init__(self, mesh: DeviceMesh | None = None) -> None:
+    def __init__(self, mesh: DeviceMesh | None = None, *, shard_parameters: bool = False) -> None:
         self._mesh = mesh
         self.size: int = 1 if mesh is None else mesh.size()
         self.tokens: int = 1 if mesh is None else mesh["tokens"].size()
@@ -47,14 +50,21 @@ class Parallel:
         self.writes: bool = mesh is None or mesh.get_rank() == 0
         """Whether this process writes the files."""
         self.split: MeshSplit | None = None if mesh is None else MeshSplit(mesh)
+        self.shared: DeviceMesh | None = mesh["tokens"] if mesh is not None and shard_parameters else None
+        """Processes of which each keeps a part of the parameters."""
+        if self.tokens == 1:
+            self.shared = None
 
     @classmethod
-    def current(cls, latents: int = 1, *, device: str | torch.device = "cpu") -> Parallel:
+    def current(
+        cls, latents: int = 1, *, device: str | torch.device = "cpu", shard_parameters: bool = False
+    ) -> Parallel:
         """Join the processes that torchrun has started, or be alone.
 
         Args:
             latents: processes that share the latents; the others share the tokens.
             device: gloo joins CPUs, NCCL joins CUDA devices.
+            shard_parameters: whether each of the processes that share the tokens keeps a part of the parameters.
 
         Raises:
             InputError: the number of processes is no multiple of `latents`.
@@ -70,7 +80,8 @@ class Parallel:
             )
         if size == 1:
             return cls()
-        return cls(init_device_mesh(kind, (size // latents, latents), mesh_dim_names=("tokens", "latents")))
+        mesh = init_device_mesh(kind, (size // latents, latents), mesh_dim_names=("tokens", "latents"))
+        return cls(mesh, shard_parameters=shard_parameters)
 
     def step(self, learner: Learner, x: Tensor, target: Tensor | None) -> StepLosses:
         """Take one step of all processes.
@@ -84,7 +95,7 @@ class Parallel:
             return learner.step(x, target)
         rows = self._rows(len(x))
         computed = learner.compute(x[rows], None if target is None else target[rows])
-        return learner.apply(self._joined(learner, computed))
+        return learner.apply(self._reduced(learner, computed))
 
     def any(self, flag: bool) -> bool:
         """Whether any process says so; every one hears the same."""
@@ -118,34 +129,32 @@ class Parallel:
         """Return the whole gradients of a batch that every process sees, as `Learner.gradients`."""
         return self._whole(learner.gradients(x, target))
 
+    def self_test(self, learner: Learner, x: Tensor, target: Tensor | None) -> SelfTest:
+        """Judge the whole gradients of a batch that every process sees, as `Learner.self_test`."""
+        reached = self.any(learner.sparsity_reaches(x, target))
+        return SelfTest.of(self.gradients(learner, x, target), reached=reached)
+
     def gather(self, local: Tensor, dim: int = 0) -> Tensor:
         """Join what the processes of the latents hold of a tensor."""
-        if self._mesh is None or self.latents == 1:
-            return local
-        mesh = self._mesh["latents"]
-        length = torch.tensor(local.shape[dim], device=mesh.device_type)
-        dist.all_reduce(length, group=mesh.get_group())
-        shape = torch.Size([*local.shape[:dim], int(length), *local.shape[dim + 1 :]])
-        stride = torch.empty(shape, device="meta").stride()
-        placed = DTensor.from_local(
-            local.to(mesh.device_type).contiguous(), mesh, [Shard(dim)], run_check=False, shape=shape, stride=stride
-        )
-        return placed.full_tensor().cpu()
+        return local if self._mesh is None or self.latents == 1 else joined(local, self._mesh["latents"], dim)
 
     def state(self, learner: Learner) -> dict[str, Tensor]:
-        """Return the whole state of a learner."""
-        return {name: self.gather(one) if _is_split(name) else one for name, one in learner.state().items()}
+        """Return the whole state of a learner, in the process that writes; the others keep nothing of it."""
+        found = {}
+        for name, one in learner.state().items():
+            whole = self._join(name, one)
+            if self.writes:
+                found[name] = whole
+        return found
 
     def load_state(self, learner: Learner, whole: Mapping[str, Tensor]) -> None:
         """Take this process's part of a whole state."""
-        if self._mesh is None or self.latents == 1:
-            learner.load_state(whole)
-            return
-        mesh = self._mesh["latents"]
-        own = {
-            name: distribute_tensor(one.to(mesh.device_type), mesh, [Shard(0)]).to_local() if _is_split(name) else one
-            for name, one in whole.items()
-        }
+        own = dict(whole)
+        for name, one in whole.items():
+            if self._mesh is not None and _is_split(name):
+                own[name] = part_of(one, self._mesh["latents"])
+            if self.shared is not None and _is_shared(name):
+                own[name] = part_of(own[name], self.shared)
         learner.load_state(own)
 
     def _rows(self, batch: int) -> slice:
@@ -157,18 +166,22 @@ class Parallel:
         return slice(self._mesh["tokens"].get_local_rank() * part, (self._mesh["tokens"].get_local_rank() + 1) * part)
 
     def _whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {
-            name: one if name in _ALIKE else self.gather(one, dim=int(name == "W_enc")) for name, one in tensors.items()
-        }
+        return {name: self._join(f"parameter.{name}", one, dim=int(name == "W_enc")) for name, one in tensors.items()}
 
-    def _joined(self, learner: Learner, computed: Computed) -> Computed:
+    def _join(self, name: str, local: Tensor, dim: int = 0) -> Tensor:
+        """Return the whole of a tensor of a learner's state."""
+        if self.shared is not None and _is_shared(name):
+            local = joined(local, self.shared, dim)
+        return self.gather(local, dim) if _is_split(name) else local
+
+    def _reduced(self, learner: Learner, computed: Computed) -> Computed:
         """Return what one process would have computed, this process's latents of it."""
         assert self._mesh is not None
         tokens, latents = self._mesh["tokens"].get_group(), self._mesh["latents"].get_group()
         gradients = {}
         for name, one in computed.gradients.items():
             wide = one.to(learner.precision.wide)
-            if self.tokens > 1:
+            if self.tokens > 1 and self.shared is None:
                 dist.all_reduce(wide, group=tokens)
                 wide /= self.tokens
             gradients[name] = wide
@@ -198,15 +211,13 @@ class Parallel:
     def _norm(self, learner: Learner, gradients: Mapping[str, Tensor]) -> float:
         """Return the length of the whole unscaled gradient."""
         assert self._mesh is not None
-        own = torch.zeros((), dtype=torch.float64, device=self._mesh.device_type)
-        alike = own.clone()
+        squares = torch.zeros(2, dtype=torch.float64, device=self._mesh.device_type)  # of latents, of all latents alike
         for name, one in gradients.items():
             scale = learner.scales.of(name) / learner.scales.loss
-            square = (one.double().norm() * scale).square()
-            if name in _ALIKE:
-                alike += square
-            else:
-                own += square
+            squares[int(name in _ALIKE)] += (one.double().norm() * scale).square()
+        if self.shared is not None:
+            dist.all_reduce(squares, group=self.shared.get_group())
+        own, alike = squares
         dist.all_reduce(own, group=self._mesh["latents"].get_group())
         return float((own + alike).sqrt())
 
@@ -287,6 +298,11 @@ def _gathered(values: Tensor, group: Any) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
+def _is_shared(name: str) -> bool:
+    """Whether the tokens' processes may share a tensor of a learner's state."""
+    return name.partition(".")[0] in ("parameter", "first", "second")
+
+
 def _is_split(name: str) -> bool:
-    kind, _, parameter = name.partition(".")
-    return kind == "silent" or (kind in ("parameter", "first", "second") and parameter not in _ALIKE)
+    """Whether the latents' processes share a tensor of a learner's state."""
+    return name == "silent" or (_is_shared(name) and name.partition(".")[2] not in _ALIKE)

@@ -11,7 +11,7 @@ from trimtab.weights._rows import Change, Cross
 from trimtab.weights.directions import DirectionSet
 
 _SIDES = ("base", "tuned", "delta")
-_SHARES = ("angle", "angular", "cosine_distance", "relative_change", "norm_ratio")
+_SHARES = ("angle", "angular", "cosine_distance", "relative_change", "norm_ratio", "excess")
 """Measures without a unit, which rounding disturbs by units of rounding."""
 
 Key = tuple[str, str, int]

@@ -239,7 +239,8 @@ def _focus(found: _Collected, settings: Settings) -> Iterable[FocusLayer]:
         layer, _ = peak(excess, layers)
         others = [place for place, one in enumerate(layers) if one != layer]
         following = peak([excess[place] for place in others], [layers[place] for place in others]) if others else None
-        order = np.argsort(-np.nan_to_num(np.abs(grid["z"][layer]), nan=-1.0), kind="stable")
+        scores = found.grids.get((part, "excess", 1), grid)["z"][layer]
+        order = np.argsort(-np.nan_to_num(scores if "base" not in grid else np.abs(scores), nan=-np.inf), kind="stable")
         yield FocusLayer(
             measure=measure,
             part=part,

@@ -8,6 +8,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from trimtab.weights._excess import excess
 from trimtab.weights._lengths import apart, inner
 from trimtab.weights._memory import return_memory
 from trimtab.weights._open import Options, analyse
@@ -24,9 +25,10 @@ def measure_mlp(base: str | Path, tuned: str | Path, directions: Any, **options:
     """Compare what the MLP of every layer answers to every direction and to its opposite.
 
     With `y` what the MLP adds to the stream for the unit direction `x`, through the block's own norms: `absolute` is
-    |y_tuned - y_base|; `angular`, 1 minus the cosine of the two; `length`, |y| of both; `parallel`, <y, x>: positive
-    where the MLP reinforces the direction that it reads; `orthogonal`, the rest of y. With sign -1 the opposite -x was
-    put in, and `parallel` is along it. Interactions are <y_tuned - y_base, u> for every other direction u.
+    |y_tuned - y_base|; `excess`, that over what the controls' answers of the same length moved by; `angular`, 1 minus
+    the cosine of the two; `length`, |y| of both; `parallel`, <y, x>: positive where the MLP reinforces the direction
+    that it reads; `orthogonal`, the rest of y. With sign -1 the opposite -x was put in, and `parallel` is along it.
+    Interactions are <y_tuned - y_base, u> for every other direction u.
 
     Args:
         base: directory, hub id, or "testbed".
@@ -48,11 +50,11 @@ def measure_layer(context: Context) -> LayerPart:
     """Measure one layer's MLP for all directions, then for all opposites."""
     settings, units = context.settings, context.units
     before, after = (_answers(math, units) for math in (context.base, context.tuned))
-    changes = _changes(before, after, units, 1)
+    changes = _changes(context, before, after, 1)
     size = changes[0].scale
     cross = Cross(part=PART, delta=((after - before) @ units.T).float().cpu())
     opposite = [_answers(math, -units) for math in (context.base, context.tuned)]
-    changes += _changes(opposite[0], opposite[1], -units, -1)
+    changes += _changes(context, *opposite, -1)
     rows = direction_rows(context.layer, changes, settings.directions, settings.reference, context.unit)
     pairs = pair_rows(
         context.layer, cross, settings.directions, settings.reference, context.unit, settings.pairs, scale=size
@@ -67,9 +69,9 @@ def _answers(math: LayerMath, x: Tensor) -> Tensor:
     return answers
 
 
-def _changes(before: Tensor, after: Tensor, x: Tensor, sign: int) -> list[Change]:
+def _changes(context: Context, before: Tensor, after: Tensor, sign: int) -> list[Change]:
     found = apart(before, after)
-    along = [inner(y, x) for y in (before, after)]
+    along = [sign * inner(y, context.units) for y in (before, after)]
     across = [(length**2 - one**2).clamp_min(0).sqrt() for length, one in zip(found[:2], along, strict=True)]
     scale = float(torch.maximum(found.base, found.tuned).max())
 
@@ -81,6 +83,7 @@ def _changes(before: Tensor, after: Tensor, x: Tensor, sign: int) -> list[Change
 
     return [
         Change(part=PART, measure="absolute", delta=found.change, sign=sign, scale=scale),
+        excess(PART, found.change, found.base, context.settings.reference, context.unit, sign=sign),
         Change(part=PART, measure="angular", delta=2 * torch.sin(found.angle / 2) ** 2, sign=sign),
         both("length", [found.base, found.tuned]),
         both("parallel", along),

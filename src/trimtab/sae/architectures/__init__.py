@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from trimtab.sae.architectures import gated, jumprelu, matryoshka, standard, topk
-from trimtab.sae.architectures.base import Scene, Split, Terms
+from trimtab.sae.architectures.base import Scene, Split, Terms, Weights
 from trimtab.sae.config import Architecture
 
 
@@ -31,4 +31,4 @@ FUNCTIONS: dict[Architecture, Functions] = {
     "matryoshka-jumprelu": Functions(matryoshka.forward_jumprelu, jumprelu.latents),
 }
 
-__all__ = ["FUNCTIONS", "Functions", "Scene", "Split", "Terms"]
+__all__ = ["FUNCTIONS", "Functions", "Scene", "Split", "Terms", "Weights"]

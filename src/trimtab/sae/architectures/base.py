@@ -66,6 +66,15 @@ class Split(Protocol):
         ...
 
 
+class Weights(NamedTuple):
+    """What a batch is computed with, in stored units."""
+
+    parameters: Mapping[str, Tensor]
+    """What gets gradients."""
+    low: Mapping[str, Tensor]
+    """W_enc and W_dec in the compute dtype."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Scene:
     """One batch before one set of parameters, all in stored units."""

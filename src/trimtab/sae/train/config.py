@@ -53,6 +53,8 @@ class TrainConfig:
     """Stop at the first red flag, with exit code 1."""
     shard_latents: int = 1
     """Processes of torchrun that share the latents of every SAE; the others share the tokens of a batch."""
+    shard_parameters: Annotated[bool, Parameter(negative="")] = False
+    """Processes that share the tokens keep a part of parameters, moments and gradients each (FSDP2)."""
     tensorboard: Annotated[bool, Parameter(negative="")] = False
     """Write TensorBoard events, histograms of parameters, gradients and densities among them."""
     wandb: str | None = None
@@ -257,6 +259,6 @@ def plain(config: Any) -> dict[str, Any]:
 
 _SILENT = {
     "early_exit", "log_every", "log_timing", "eval_every", "skip_initial_eval", "save_every", "keep_last", "strict",
-    "tensorboard", "wandb", "shard_latents",
+    "tensorboard", "wandb", "shard_latents", "shard_parameters",
 }  # fmt: skip
 """Settings of a run that may differ when it goes on."""

@@ -149,9 +149,8 @@ class Loop:
     def _self_tests(self, batch: Mapping[str, Tensor]) -> None:
         """Every parameter must have a gradient before anything moves."""
         for trainee in self._trainees:
-            found = trainee.learner.self_test(*trainee.pick(batch))
-            text = "; ".join(found.problems) or "another process found a parameter without a gradient"
-            if self._parallel.any(not found.passed):
+            found = self._parallel.self_test(trainee.learner, *trainee.pick(batch))
+            if not found.passed:
                 self._tell(
                     [
                         SAEWarning(
@@ -161,7 +160,7 @@ class Loop:
                             level="flag",
                             metric="gradient",
                             value=float(len(found.problems)),
-                            text=text,
+                            text="; ".join(found.problems),
                         )
                     ]
                 )

@@ -82,7 +82,7 @@ def train_stream(
     folder = Path(out)
     with stream:
         _check(listed, stream)
-        parallel = Parallel.current(settings.shard_latents, device=device)
+        parallel = Parallel.current(settings.shard_latents, device=device, shard_parameters=settings.shard_parameters)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -113,6 +113,8 @@ class _Run:
         self._course = Course()
         self._trainees: list[Trainee] = []
         self._notes: list[str] = []
+        if config.shard_parameters and parallel.shared is None:
+            self._notes.append("shard_parameters changed nothing: one process sees all tokens")
 
     def finished(self) -> SAERun | None:
         """Return the run that `out` holds, where nothing is left to be done."""
@@ -185,6 +187,7 @@ class _Run:
             device=self._device,
             compile=self._config.compile,
             split=self._parallel.split,
+            shared=self._parallel.shared,
         )
         monitor = Monitor(
             plan.name,
