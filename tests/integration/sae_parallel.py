@@ -1,7 +1,8 @@
-"""What every process of `test_sae_parallel.py` runs: trainings of several kinds, one after the other."""
+"""What every process of `test_sae_parallel.py` runs: trainings of several kinds, and looks at what a process holds."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -9,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 
 from trimtab.sae.config import OptimConfig, SAEConfig
 from trimtab.sae.data import Stream, StreamConfig, SyntheticSource
+from trimtab.sae.learner import Learner
+from trimtab.sae.parallel import Parallel
 from trimtab.sae.precision import Precision
 from trimtab.sae.synthetic import SparseDictionary
 from trimtab.sae.train import Plan, TrainConfig, train_stream
@@ -44,9 +48,104 @@ def train(kind: str, out: Path, latents: int, **given: Any) -> Any:
     return train_stream(plan(kind), stream, TrainConfig(**settings), out=out)
 
 
+def held(parallel: Parallel) -> dict[str, int]:
+    """Return the bytes of a wide learner after some steps: masters and moments, and of every tensor that is alive."""
+    gc.collect()
+    before = {one.untyped_storage().data_ptr() for one in _tensors()}
+    learner = Learner(
+        SAEConfig(d_in=64, d_sae=2048),
+        optim=OptimConfig(beta1=0.9),
+        precision=Precision(torch.float32, torch.bfloat16),
+        split=parallel.split,
+        shared=parallel.shared,
+    )
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(0))
+    for _ in range(3):
+        parallel.step(learner, x, None)
+    learner.reconstruct(x)
+    parallel.state(learner)
+    gc.collect()
+    alive = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in _tensors()}
+    kept = [one for name, one in learner.state().items() if name.partition(".")[0] in ("parameter", "first", "second")]
+    return {
+        "kept": sum(one.numel() * one.element_size() for one in kept),
+        "alive": sum(size for place, size in alive.items() if place not in before),
+    }
+
+
+def _tensors() -> list[torch.Tensor]:
+    return [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+
+
+def gradients(parallel: Parallel) -> dict[str, bool]:
+    """Return, by parameter, whether the gradients of this process's part are the mean of all parts', to the bit."""
+    precision = Precision(torch.float32, torch.bfloat16)
+    config = SAEConfig(d_in=16, d_sae=50)
+    learner = Learner(config, precision=precision, split=parallel.split, shared=parallel.shared, seed=1)
+    alone = Learner(config, precision=precision, seed=1)
+    alone.fast = False
+    x = torch.randn(parallel.tokens, 32, 16, generator=torch.Generator().manual_seed(0))
+    rank = int(os.environ["RANK"])
+    found = learner.compute(x[rank]).gradients
+    each = [alone.compute(one).gradients for one in x]
+    same = {}
+    for name, one in found.items():
+        mean = torch.stack([other[name] for other in each]).sum(0) / len(each)
+        part = mean.chunk(parallel.tokens)[rank]
+        same[name] = one.dtype == torch.float32 and one.equal(part)
+    narrow = found["W_enc"].bfloat16().float()
+    return same | {"reduced wide": not narrow.equal(found["W_enc"])}
+
+
+def gathered(parallel: Parallel) -> dict[str, str]:
+    """Return the dtypes that parameters have for a batch, by name."""
+    precision = Precision(torch.float32, torch.bfloat16)
+    learner = Learner(SAEConfig(d_in=16, d_sae=50), precision=precision, split=parallel.split, shared=parallel.shared)
+    assert learner.shards is not None
+    with learner.shards.gathered() as weights:
+        return {name: f"{tuple(one.shape)} {one.dtype}" for name, one in weights.parameters.items()}
+
+
+def same_state(parallel: Parallel, file: Path) -> dict[str, bool]:
+    """Return, by tensor, whether a checkpoint's state has the same bits after it was taken over and given again."""
+    made = plan("jumprelu")
+    learner = Learner(
+        made.config, optim=made.optim, precision=made.precision, split=parallel.split, shared=parallel.shared
+    )
+    prefix = "sae/sae/"
+    state = {
+        name.removeprefix(prefix): one
+        for name, one in safetensors.torch.load_file(file).items()
+        if name.startswith(prefix)
+    }
+    parallel.load_state(learner, state)
+    again = parallel.state(learner)
+    if not parallel.writes:
+        return {"keeps nothing": not again}
+    return {
+        name: one.dtype == again[name].dtype and one.numpy().tobytes() == again[name].numpy().tobytes()
+        for name, one in state.items()
+    }
+
+
+def look(folder: Path, job: dict[str, Any]) -> None:
+    """Write what this process sees of itself."""
+    parallel = Parallel.current(job["latents"], shard_parameters=job["shard"])
+    found: dict[str, Any] = {"held": held(parallel)}
+    if job["shard"] and job["latents"] == 1:
+        found |= {"gradients": gradients(parallel), "gathered": gathered(parallel)}
+    for name in job["states"]:
+        file = max((folder / name / "checkpoints").glob("*.safetensors"))
+        found[f"state of {name}"] = same_state(parallel, file)
+    (folder / f"{job['name']}-{os.environ['RANK']}.json").write_text(json.dumps(found))
+
+
 def main(folder: Path, jobs: list[dict[str, Any]]) -> None:
     torch.set_num_threads(1)
     for job in jobs:
+        if "states" in job:
+            look(folder, job)
+            continue
         run = train(job["kind"], folder / job["name"], job["latents"], **job.get("settings", {}))
         assert run.processes == int(os.environ["WORLD_SIZE"])
 

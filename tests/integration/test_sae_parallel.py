@@ -82,10 +82,28 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 FEW = ("jumprelu", "topk", "batchtopk", "matryoshka-jumprelu")
+SHARDED = ("jumprelu", "topk", "batchtopk")
 
 
 def jobs(kinds: Iterable[str], layouts: list[int]) -> list[dict[str, Any]]:
     return [{"kind": kind, "name": f"{kind}-{latents}", "latents": latents} for kind in kinds for latents in layouts]
+
+
+def sharded(kinds: Iterable[str], latents: int = 1) -> list[dict[str, Any]]:
+    """Trainings of which every process of the tokens keeps a part of the parameters."""
+    settings = {"shard_parameters": True}
+    return [
+        {"kind": kind, "name": f"{kind}-{latents}-sharded", "latents": latents, "settings": settings} for kind in kinds
+    ]
+
+
+def look(name: str, *, latents: int = 1, shard: bool = False, states: Iterable[str] = ()) -> dict[str, Any]:
+    """What every process says of itself."""
+    return {"name": name, "latents": latents, "shard": shard, "states": [*states]}
+
+
+def seen(folder: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(one.read_text()) for one in sorted(folder.glob(f"{name}-*.json"))]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +114,16 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"kind": "jumprelu", "name": "resumed", "latents": 2, "settings": {"early_exit": 10}},
         {"kind": "jumprelu", "name": "resumed", "latents": 1},
     ]
-    launch(2, folder, [*jobs(FEW, [1, 2]), *resumed])
+    early = {"shard_parameters": True, "early_exit": 10}
+    resumed += [
+        {"kind": "jumprelu", "name": "resumed-sharded", "latents": 1, "settings": early},
+        {"kind": "jumprelu", "name": "resumed-sharded", "latents": 1, "settings": {"shard_parameters": True}},
+        {"kind": "jumprelu", "name": "resumed-otherwise", "latents": 1, "settings": early},
+        {"kind": "jumprelu", "name": "resumed-otherwise", "latents": 2},
+    ]
+    states = ["jumprelu-1", "jumprelu-2", "jumprelu-1-sharded"]
+    looks = [look("replicated", states=states), look("sharded", shard=True, states=states)]
+    launch(2, folder, [*jobs(FEW, [1, 2]), *sharded(SHARDED), *resumed, *looks])
     return folder
 
 
@@ -114,6 +141,67 @@ def test_a_run_goes_on_with_its_processes_arranged_otherwise(alone: Path, two: P
         assert one.recon == pytest.approx(wanted.recon, rel=FIGURES), one.step
 
 
+@pytest.mark.parametrize("kind", SHARDED)
+def test_processes_that_share_the_parameters_train_as_one(kind: str, alone: Path, two: Path) -> None:
+    assert_same_training(two / f"{kind}-1-sharded", alone / kind)
+    run, one = (
+        from_json(SAERun, (path / "run.json").read_text()) for path in (two / f"{kind}-1-sharded", alone / kind)
+    )
+    assert (run.processes, run.notes) == (2, one.notes)
+    assert [seen.rule for seen in run.warnings] == [seen.rule for seen in one.warnings]
+
+
+def test_each_process_keeps_its_part_of_masters_and_moments(two: Path) -> None:
+    """Adam with a first moment: three times the parameters; beside them counters, a batch and nothing whole."""
+    whole = 4 * 3 * (2 * 64 * 2048 + 2 * 2048 + 64)
+    replicated, parts = seen(two, "replicated"), seen(two, "sharded")
+    assert [one["held"]["kept"] for one in replicated] == [whole, whole]
+    assert [one["held"]["kept"] for one in parts] == [whole // 2, whole // 2]
+    counters = 8 * 2048
+    assert all(one["held"]["alive"] < whole // 2 + 4 * counters for one in parts), parts
+    assert all(one["held"]["alive"] > whole for one in replicated), replicated  # what is counted is all there is
+
+
+def test_weights_are_gathered_in_the_compute_dtype_and_their_gradients_averaged_in_float32(two: Path) -> None:
+    """Each process's gradients are rounded once to bfloat16, by its own product; their mean is not."""
+    for one in seen(two, "sharded"):
+        assert one["gathered"] == {
+            "W_enc": "(50, 16) torch.bfloat16",
+            "W_dec": "(50, 16) torch.bfloat16",
+            "b_enc": "(50,) torch.float32",
+            "b_dec": "(16,) torch.float32",
+            "threshold": "(50,) torch.float32",
+        }
+        assert one["gradients"] == dict.fromkeys([*one["gathered"], "reduced wide"], True)
+
+
+def test_a_state_has_the_same_bits_however_processes_share_it(alone: Path, two: Path) -> None:
+    for one in ("replicated", "sharded"):
+        writes, helps = seen(two, one)
+        states = [name for name in writes if name.startswith("state")]
+        assert len(states) == 3
+        for name in states:
+            assert all(writes[name].values()), (one, name, writes[name])
+            assert {*writes[name]} >= {"parameter.W_enc", "second.W_dec", "second.b_dec", "silent", "generator"}
+            assert helps[name] == {"keeps nothing": True}
+    checkpoints = [max((one / "checkpoints").iterdir()) for one in (two / "jumprelu-1-sharded", alone / "jumprelu")]
+    shapes = [{name: value.shape for name, value in safetensors.torch.load_file(one).items()} for one in checkpoints]
+    assert shapes[0] == shapes[1]
+
+
+def test_a_run_of_shared_parameters_goes_on_to_the_bit_and_with_processes_arranged_otherwise(
+    alone: Path, two: Path
+) -> None:
+    found, whole = lines(two / "resumed-sharded"), lines(two / "jumprelu-1-sharded")
+    assert [(one.loss, one.l0, one.grad_norm) for one in found] == [(one.loss, one.l0, one.grad_norm) for one in whole]
+    weights = [
+        (two / name / "sae" / "sae_weights.safetensors").read_bytes()
+        for name in ("resumed-sharded", "jumprelu-1-sharded")
+    ]
+    assert weights[0] == weights[1]
+    assert_same_training(two / "resumed-otherwise", alone / "jumprelu")
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("latents", [1, 2], ids=["tokens", "latents"])
 def test_two_processes_train_the_other_kinds_as_one(latents: int, alone: Path, tmp_path: Path) -> None:
@@ -129,3 +217,18 @@ def test_four_processes_train_as_one(latents: int, alone: Path, tmp_path: Path) 
     launch(4, tmp_path, jobs(KINDS, [latents]))
     for kind in KINDS:
         assert_same_training(tmp_path / f"{kind}-{latents}", alone / kind)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("latents", [1, 2], ids=["tokens", "both"])
+def test_four_processes_that_share_the_parameters_train_as_one(latents: int, alone: Path, tmp_path: Path) -> None:
+    looks = [look("sharded", latents=latents, shard=True, states=[f"jumprelu-{latents}-sharded"])]
+    launch(4, tmp_path, [*sharded(KINDS, latents), *looks])
+    for kind in KINDS:
+        assert_same_training(tmp_path / f"{kind}-{latents}-sharded", alone / kind)
+    whole = 4 * 3 * (2 * 64 * 2048 + 2 * 2048 + 64)
+    alike = 4 * 3 * 64 * (latents - 1)  # the decoder's bias is each group of latents' own
+    found = seen(tmp_path, "sharded")
+    assert sum(one["held"]["kept"] for one in found) == whole + alike
+    assert max(one["held"]["kept"] for one in found) <= (whole + alike) // 4
+    assert all(found[0][f"state of jumprelu-{latents}-sharded"].values())
