@@ -140,9 +140,9 @@ def _headline(result: WeightsAnalysis) -> str:
 
 
 def _first(result: WeightsAnalysis) -> RankedChange | None:
-    """The strongest of any measure; of MLPs by `excess`, since long answers move most whatever was trained."""
+    """The strongest; outside attention by `excess`, since long outputs move most whatever was trained."""
     placed = [one for one in result.rankings if one.layer is not None]
-    fair = [one for one in placed if one.measure == "excess"]
+    fair = [one for one in placed if one.measure == "excess" and result.analysis != "attention"]
     return min(fair or placed, key=lambda one: one.rank, default=None)
 
 
@@ -227,7 +227,10 @@ def _tables(result: WeightsAnalysis) -> Iterable[Table]:
     yield Table(
         anchor="rankings",
         title="Rankings",
-        finding="The strongest of every measure and part, by z; its error comes from the number of controls.",
+        finding=(
+            "The strongest of every measure and part, by z; its error comes from the number of controls. A minus before "
+            "a direction: its opposite was put in."
+        ),
         heads=("direction", "kind", "part", "measure", ">layer", ">head", ">base", ">tuned", ">change", ">z", ">error"),
         rows=tuple(_ranked(one) for one in result.rankings[:MAX_ROWS]),
         left_out=max(0, len(result.rankings) - MAX_ROWS),

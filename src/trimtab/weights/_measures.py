@@ -17,7 +17,7 @@ _MEANINGS: dict[str, tuple[str, str, str, bool]] = {
     "cosine_distance": ("Cosine distance", "1 - cosine of the base and the tuned output", "", False),
     "norm_ratio": ("Length ratio - 1", "how much longer the tuned output is, as a share", "", True),
     "absolute": ("Absolute change", "|tuned - base| of what the MLP adds for the direction", "hidden units", False),
-    "excess": ("Change for its length", "|tuned - base| over what controls whose answer is as long change by", "times",
+    "excess": ("Change for its length", "|tuned - base| over what controls whose output is as long change by", "times",
                False),
     "angular": ("Angular change", "1 - cosine of what the base and the tuned MLP add", "", False),
     "length": ("Length", "of what is added to the stream for the direction", "hidden units", True),

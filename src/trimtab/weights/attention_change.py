@@ -12,6 +12,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
+from trimtab.weights._excess import excess
 from trimtab.weights._lengths import distance, inner
 from trimtab.weights._memory import return_memory
 from trimtab.weights._open import Options, analyse
@@ -34,8 +35,8 @@ def measure_attention(
     along it and a key along its opposite (sign -1), of every head and as the mean over heads. Part `vo`: `promotion`,
     what attending to a direction writes along it, of every head (they add up to the whole, where there is no bias) and
     summed; sign -1 puts the opposite in and reads along it; `change`, |tuned - base| of what is written, by head and
-    summed, and its `length` in both models. Interactions
-    are affinities (query, key) and promotions (read, written) of different directions.
+    summed, its `length` in both models, and `excess`, the change of the sum over what the controls' changed by where
+    it is as long. Interactions are affinities (query, key) and promotions (read, written) of different directions.
 
     Args:
         base: directory, hub id, or "testbed".
@@ -124,6 +125,8 @@ def _promotions(context: Context) -> tuple[list[Change], Cross, float]:
     changes += [
         Change(part="vo", measure="change", delta=found[name, "change"], scale=scale) for name in ("heads", "total")
     ]
+    moved, reference = found["total", "change"], context.settings.reference
+    changes.append(excess("vo", moved, before, reference, context.unit))
     return changes, Cross(part="vo", base=crosses[0], tuned=crosses[1], delta=crosses[1] - crosses[0]), scale
 
 

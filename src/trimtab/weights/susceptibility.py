@@ -15,6 +15,7 @@ from typing import Any, Unpack
 import torch
 
 from trimtab.results.weights import MatrixChange, NormChange
+from trimtab.weights._excess import excess
 from trimtab.weights._lengths import apart
 from trimtab.weights._open import Options, analyse
 from trimtab.weights._rows import Change, LayerPart, direction_rows
@@ -29,8 +30,8 @@ def measure_susceptibility(
     """Compare what every matrix makes of every direction in a base and a tuned model, and the matrices themselves.
 
     Measures, for each matrix: `angle` between the outputs in radians; `cosine_distance`, 1 minus their cosine;
-    `norm_ratio`, tuned length over base length, minus 1; `relative_change`, |tuned - base| / |base|. All are 0 for
-    equal matrices.
+    `norm_ratio`, tuned length over base length, minus 1; `relative_change`, |tuned - base| / |base|; `excess`,
+    |tuned - base| over what the controls' outputs of the same length moved by. All are 0 for equal matrices.
 
     Args:
         base: directory, hub id, or "testbed".
@@ -66,6 +67,7 @@ def measure_layer(context: Context) -> LayerPart:
         relative = torch.where(known, found.change / found.base, torch.where(found.change > 0, torch.inf, 0.0))
         changes += [
             Change(part=name, measure="relative_change", delta=relative),
+            excess(name, found.change, found.base, context.settings.reference, context.unit),
             Change(part=name, measure="angle", delta=found.angle),
             Change(part=name, measure="cosine_distance", delta=2 * torch.sin(found.angle / 2) ** 2),
             Change(part=name, measure="norm_ratio", delta=ratio - 1, base=found.base, tuned=found.tuned),

@@ -77,8 +77,9 @@ def test_nothing_changed_is_said(results: dict[str, WeightsAnalysis]) -> None:
 
 def test_what_stands_out_is_named(results: dict[str, WeightsAnalysis]) -> None:
     one = results["mlp"]
-    best = next(x for x in one.rankings if x.layer is not None)
-    loud = replace(one, rankings=(replace(best, z=9.0, direction="pirate", kind="role", layer=2), *one.rankings[1:]))
+    best = next(x for x in one.rankings if x.layer is not None and x.measure == "excess")
+    long = replace(best, z=99.0, measure="absolute", rank=1)  # long answers move most whatever was trained
+    loud = replace(one, rankings=(long, replace(best, rank=2, z=9.0, direction="pirate", kind="role", layer=2)))
     assert view(loud).headline == "The MLP of layer 2 changed most: how it treats role pirate"
     assert view(replace(one, rankings=(replace(best, z=2.0),))).headline.startswith("No direction stands out")
 
