@@ -17,7 +17,7 @@ from trimtab.trace import TraceWriter
 _MANIFEST, _LOCK = "manifest.json", ".dump.lock"
 _NOTED = ".noted.json"  # entries of processes that came before the manifest
 _PATIENCE = 60.0  # seconds; the lock is held for milliseconds
-_GATHERED = ("phases", "not_hooked", "unstored", "coordinates", "counts", "stopped")
+_GATHERED = ("phases", "not_hooked", "unstored", "coordinates", "counts", "stopped", "optimizer", "precision")
 
 
 def open_writer(config: DumpConfig, rank: int, size: int) -> TraceWriter:
@@ -39,6 +39,7 @@ def open_writer(config: DumpConfig, rank: int, size: int) -> TraceWriter:
         "ranks": list(range(size)),
     }
     plan |= {"phases": {}, "not_hooked": [], "unstored": {}, "coordinates": {}, "counts": {}, "stopped": {}}
+    plan |= {"optimizer": {}, "precision": {}}
     folder = Path(config.out)
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
@@ -73,7 +74,7 @@ def add(folder: Path, rank: int, report: Mapping[str, Any]) -> None:
     Args:
         folder: directory of the trace.
         rank: the process.
-        report: not_hooked, unstored, coordinates, counts, stopped, phases.
+        report: not_hooked, unstored, coordinates, counts, stopped, phases, optimizer, precision.
     """
     with _locked(folder):
         path = folder / _MANIFEST
@@ -81,7 +82,8 @@ def add(folder: Path, rank: int, report: Mapping[str, Any]) -> None:
         plan = manifest["plan"]
         plan["not_hooked"] += [entry for entry in report["not_hooked"] if entry not in plan["not_hooked"]]
         plan["unstored"] |= report["unstored"]
-        plan["phases"] |= report["phases"]
+        for name in ("phases", "optimizer", "precision"):
+            plan[name] |= report[name]
         if report["coordinates"]:
             plan["coordinates"][str(rank)] = report["coordinates"]
         if report["stopped"]:

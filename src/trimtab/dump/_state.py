@@ -69,6 +69,41 @@ def learning_rates(optimizer: torch.optim.Optimizer) -> Iterator[Item]:
         yield Item(f"lr.{number}", rate, "value")
 
 
+def optimizer_settings(optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Any]]:
+    """Return the settings of each parameter group, such as `{"group0": {"lr": 0.001, "eps": 1e-08}}`."""
+    return {
+        f"group{number}": {name: _plain(value) for name, value in group.items() if name != "params"}
+        for number, group in enumerate(optimizer.param_groups)
+    }
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON has it; what JSON does not know is told by its text."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+
+
+def precision_settings() -> dict[str, Any]:
+    """Return what decides the precision of a forward pass besides the dtypes of its tensors."""
+    kinds = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    found: dict[str, Any] = {
+        f"autocast_{kind}": str(torch.get_autocast_dtype(kind)).removeprefix("torch.")
+        if torch.is_autocast_enabled(kind)
+        else "off"
+        for kind in kinds
+    }
+    found["default_dtype"] = str(torch.get_default_dtype()).removeprefix("torch.")
+    if torch.cuda.is_available():
+        matmul = torch.backends.cuda.matmul
+        found["tf32_matmul"], found["tf32_cudnn"] = matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        found["bf16_reduced_precision_reduction"] = bool(matmul.allow_bf16_reduced_precision_reduction)
+        found["fp16_reduced_precision_reduction"] = bool(matmul.allow_fp16_reduced_precision_reduction)
+    return found
+
+
 def random_state() -> Iterator[Item]:
     """Yield the states of the random generators of torch, Python and NumPy, without drawing from them."""
     yield Item("rng.cpu", torch.get_rng_state(), "value")

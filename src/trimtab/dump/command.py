@@ -121,12 +121,17 @@ def run(
         prove: run the program again without the hooks, and compare losses and outputs to the bit.
 
     Raises:
-        InputError: no command, or a program that cannot be started.
+        InputError: no command, an option in its place, or a program that cannot be started.
         TraceExistsError: `out` holds a run.
     """
     if not command:
         raise InputError(
             "no command was given; write it behind --, such as: trimtab dump --out runs/a -- python train.py"
+        )
+    if command[0].startswith("-"):
+        raise InputError(
+            f"{command[0]!r} is no option of dump; see trimtab dump --help (the program and its own options stand "
+            "behind --)"
         )
     config = DumpConfig.make(
         out,

@@ -40,11 +40,12 @@ class Dump:
         self._clock = Clock(StepRange.parse(config.steps), config.phase)
         self._sink = Sink(config, coordinates)
         self._watches: list[ModelWatch] = []
-        self._optimizers: list[torch.optim.Optimizer] = []
         self._removers: list[Callable[[], None]] = []
         self._calls: dict[str, Calls] = {}
         self._captured: set[tuple[str, int]] = set()
         self._graded: set[int] = set()
+        self._settings: dict[str, tuple[torch.optim.Optimizer, dict[str, Any]]] = {}
+        self._precision: dict[str, dict[str, Any]] = {}
         self._random: dict[str, Tensor] = {}
         self._refused: list[dict[str, str]] = []
         self._closed = False
@@ -110,7 +111,6 @@ class Dump:
 
     def watch_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Record gradients before, and the optimizer's state after, each of its steps."""
-        self._optimizers.append(optimizer)
         before = optimizer.register_step_pre_hook(lambda *_: self.before_update())
         after = optimizer.register_step_post_hook(lambda one, *_: self.after_update(one))
         self._removers += [before.remove, after.remove]
@@ -197,11 +197,20 @@ class Dump:
         self._updated = True
         if not self._clock.recording:
             return
+        self._note_settings(optimizer)
         if "optimizer" in self.config.parts:
             known = {id(p): (w.prefix + n, w.model) for w in self._watches for n, p in owned(w.model, "_parameters")}
             self._write_items(_state.optimizer_state(optimizer, known), BACKWARD)
         if "lr" in self.config.parts:
             self._write_items(_state.learning_rates(optimizer), BACKWARD)
+
+    def _note_settings(self, optimizer: torch.optim.Optimizer) -> None:
+        """Keep what an optimizer is set to when it is first seen; a second one of its class has a number."""
+        if any(one is optimizer for one, _ in self._settings.values()):
+            return
+        kind = type(optimizer).__name__
+        same = sum(type(one).__name__ == kind for one, _ in self._settings.values())
+        self._settings[f"{kind}_{same}" if same else kind] = (optimizer, _state.optimizer_settings(optimizer))
 
     def start(self) -> Self:
         """Be the dump that `trimtab.dump.dump` writes to, and see losses."""
@@ -236,6 +245,7 @@ class Dump:
         self._clock.begin_forward(watch.model.training)
         if not self._clock.recording:
             return
+        self._precision.setdefault(self._clock.phase, _state.precision_settings())
         self._capture_models([watch], self._clock.phase)
         if "rng" in self.config.parts:
             for item in _state.random_state():
@@ -278,6 +288,8 @@ class Dump:
             "coordinates": self._sink.coordinates,
             "counts": self._sink.counts,
             "stopped": self._sink.stopped,
+            "optimizer": {name: settings for name, (_, settings) in self._settings.items()},
+            "precision": self._precision,
             "phases": {phase: list(self.config.expect) for phase in names} if self.config.expect else {},
         }
 

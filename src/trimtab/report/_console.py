@@ -37,11 +37,11 @@ class TextPage:
     def line(self, text: str, style: str = "") -> None:
         self._console.print(Text(fmt.visible(text), style=style))
 
-    def lines(self, texts: Iterable[str], style: str = "") -> None:
+    def lines(self, texts: Iterable[str], style: str = "", *, most: int = MAX_LINES) -> None:
         every = list(texts)
-        for text in every[:MAX_LINES]:
+        for text in every[:most]:
             self.line(text, style)
-        self._rest(len(every) - MAX_LINES)
+        self._rest(len(every) - most)
 
     def verbatim(self, text: str) -> None:
         """Print lines as they are, however long, so that they can be copied."""

@@ -9,6 +9,7 @@ from trimtab.results import Analysis, Comparison
 
 _TONE = {"good": "green", "bad": "red", "neutral": ""}
 _AGREEING = ("identical", "passed")
+_PAIRS, _REASONS = 20, 5  # of a comparison: what fits a terminal with the answer still in sight
 _STATUS = {"failed": "red", "corrupt": "red", "inconclusive": "yellow"}
 
 
@@ -67,14 +68,17 @@ def render_comparison(comparison: Comparison, *, width: int, color: bool) -> str
         "Verdicts",
         ("tensor", "status", ">rel_l2", ">noise", ">over limit", ">max_abs", ">ULP", "dtype"),
         ((row.name, row.status + (" (waived)" if row.waived else ""), row.rel_l2, row.ratio, row.excess, row.max_abs,
-          row.ulp, row.dtypes) for row in view.verdicts[:MAX_LINES]),
-        left_out=len(comparison.records) - MAX_LINES,
-        styles=[_STATUS.get(row.status, "") for row in view.verdicts[:MAX_LINES]],
+          row.ulp, row.dtypes) for row in view.verdicts[:_PAIRS]),
+        left_out=len(comparison.records) - _PAIRS,
+        styles=[_STATUS.get(row.status, "") for row in view.verdicts[:_PAIRS]],
     )  # fmt: skip
     page.lines(
-        f"{row.name}: {'; '.join((*row.reasons, *(kind for kind, _, _ in row.fingerprints)))}"
-        for row in view.verdicts
-        if row.reasons and row.status not in _AGREEING  # what agreeing pairs have to say is counted at the end
+        (
+            f"{row.name}: {'; '.join((*row.reasons, *(kind for kind, _, _ in row.fingerprints)))}"
+            for row in view.verdicts
+            if row.reasons and row.status not in _AGREEING  # what agreeing pairs have to say is counted at the end
+        ),
+        most=_REASONS,
     )
     page.table(
         f"Ledger of {comparison.ledger.unit}",

@@ -147,6 +147,8 @@ def test_a_program_without_a_model_records_nothing_and_does_not_pass(tmp_path: P
 def test_bad_commands_are_one_clear_line(tmp_path: Path, net: Make) -> None:
     with pytest.raises(InputError, match="no command"):
         dump.run([], tmp_path / "d")
+    with pytest.raises(InputError, match="'--setps' is no option of dump"):
+        dump.run(["--setps", "3", "--", "true"], tmp_path / "a")
     with pytest.raises(InputError, match="nowhere-to-be-found"):
         dump.run(["nowhere-to-be-found"], tmp_path / "d")
     with dump.record(tmp_path / "e") as session:

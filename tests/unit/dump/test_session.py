@@ -352,3 +352,24 @@ def test_an_exception_leaves_an_interrupted_trace_that_says_why(tmp_path: Path, 
         model(torch.ones(1, 3))
         raise ZeroDivisionError("the loss moved")
     assert any("the loss moved" in problem for problem in Trace.open(tmp_path / "d").problems)
+
+
+def test_settings_of_optimizers_and_of_precision_are_in_the_manifest(tmp_path: Path, net: Make) -> None:
+    model = net()
+    groups = [{"params": model.embed.parameters(), "lr": 0.5}, {"params": model.head.parameters()}]
+    optimizers = (torch.optim.AdamW(groups, lr=0.25, eps=1e-6), torch.optim.AdamW(model.blocks.parameters()))
+    with dump.record(tmp_path / "d", parts="loss") as session, torch.autocast("cpu", torch.bfloat16):
+        session.watch(model)
+        for optimizer in optimizers:
+            session.watch_optimizer(optimizer)
+        model(torch.ones(2, 3))["logits"].square().mean().backward()
+        for _ in range(2):
+            for optimizer in optimizers:
+                optimizer.step()
+    plan = Trace.open(tmp_path / "d").manifest["plan"]
+    assert list(plan["optimizer"]) == ["AdamW", "AdamW_1"]
+    first = plan["optimizer"]["AdamW"]
+    assert [group["lr"] for group in first.values()] == [0.5, 0.25]
+    assert (first["group1"]["eps"], first["group1"]["betas"]) == (1e-6, [0.9, 0.999])
+    assert "params" not in first["group0"]
+    assert plan["precision"]["fwd_bwd"]["autocast_cpu"] == "bfloat16"

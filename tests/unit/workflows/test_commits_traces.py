@@ -60,6 +60,8 @@ def test_rounding_passes_and_a_scale_error_diverges(repository: LittleRepository
     assert third.identical == third.pairs == 4
     assert "trimtab triage" in result.next_command and "rounded" not in result.next_command
     assert result.commits[2].runs[0].trace in result.next_command
+    good, bad = (result.commits[number].commit[:12] for number in (1, 2))
+    assert f"--repo {result.repository} --revisions {good}..{bad}" in result.next_command
 
 
 def test_a_low_risk_commit_keeps_every_bit(repository: LittleRepository) -> None:

@@ -258,6 +258,27 @@ def test_manifests_are_compared_numerics_first(write: Write) -> None:
     assert groups == ["precision", "optimizer", "versions", "arguments"]
 
 
+def test_settings_that_only_say_what_is_recorded_are_none_of_the_run(write: Write) -> None:
+    def provenance(out: str, threads: str) -> dict[str, Any]:
+        return {"environment": {"TRIMTAB_DUMP": out, "TRIMTAB_WORKTREE": out, "OMP_NUM_THREADS": threads}}
+
+    sides = [
+        write(name, chain(X, X), provenance=provenance(name, threads)) for name, threads in (("a", "1"), ("b", "2"))
+    ]
+    assert [one.key for one in triage(*sides).manifest] == ["environment.OMP_NUM_THREADS"]
+
+
+def test_settings_that_no_manifest_names_are_not_ruled_out(write: Write) -> None:
+    def ruled_out(**plan: Any) -> set[str]:
+        sides = [
+            write(f"{name}{len(plan)}", chain(X, X * factor), plan=plan) for name, factor in (("a", 1.0), ("b", 1.3))
+        ]
+        return {one.what for one in triage(*sides).ruled_out}
+
+    assert "optimizer settings" not in ruled_out()
+    assert "optimizer settings" in ruled_out(optimizer={"AdamW": {"group0": {"eps": 1e-8}}})
+
+
 def test_digests_alone_name_the_first_that_differs(write: Write) -> None:
     sides = [
         write(name, chain(X, X * 2, X * 3 * factor, X * 4 * factor), level="digests")

@@ -134,6 +134,7 @@ def test_a_base_alone_is_compared_with_the_working_tree(tmp_path: Path, repo: Pa
     patch.write_text(result.fix.patch)
     git(repo, "apply", str(patch))
     assert file.read_text() == MODEL
+    assert {one.summary for one in result.source.blame} == {"First model", "not committed yet"}
 
 
 def test_commits_come_from_the_manifests(tmp_path: Path, repo: Path) -> None:
@@ -223,6 +224,7 @@ CHANGES = [
     ("contiguity", "y = x.permute(0).contiguous()", "y = x.permute(0)", "removed", ".contiguous()"),
     ("scale", "y = q @ k / math.sqrt(head_dim)", "y = q @ k", "removed", "q @ k / math.sqrt(head_dim)"),
     ("scale", "y = q * self.scaling", "y = q", "removed", "q * self.scaling"),
+    ("scale", "y = q * d**-0.5", "y = q * h**-0.5", "added", "h ** (-0.5)"),
     ("routing", "y = p.topk(4)", "y = p.topk(2)", "added", ".topk(2)"),
     ("norm", "y = norm(x, eps=1e-6)", "y = norm(x, eps=1e-5)", "added", "eps=1e-05"),
     ("rotary", "y = f(x, rope_theta=1e4)", "y = f(x, rope_theta=1e6)", "added", "rope_theta=1000000.0"),

@@ -283,7 +283,7 @@ def _result(
         rules=tuple(rule.text for rule in walker.plan.rules),
         bisection=tuple(decisions),
         warnings=tuple(walker.warnings),
-        next_command=_next(mode, outcomes, first, revisions, walker),
+        next_command=_next(mode, outcomes, first, revisions, walker, repository),
     )
 
 
@@ -315,9 +315,10 @@ def _count(outcomes: Sequence[CommitOutcome]) -> str:
 
 
 def _next(
-    mode: Mode, outcomes: Sequence[CommitOutcome], first: CommitOutcome | None, revisions: str, walker: Walker
-) -> str:
-    """The command that goes on from here."""
+    mode: Mode, outcomes: Sequence[CommitOutcome], first: CommitOutcome | None, revisions: str, walker: Walker,
+    repository: Repository,
+) -> str:  # fmt: skip
+    """The command that goes on from here; the worktrees that the traces name are gone, the repository is not."""
     place = walker.place.path
     if mode == "plan":
         return f"trimtab commits {revisions} --plan {shlex.quote(str(place / PLAN_FILE))}"
@@ -329,5 +330,7 @@ def _next(
     if run is not None and before is not None:
         other = next((one.trace for one in before.runs if one.trace and one.command == run.command), "")
         if other:
-            return shlex.join(["trimtab", "triage", str(place / other), str(place / run.trace)])
+            change_of = f"{before.commit[:12]}..{first.commit[:12]}"
+            where = ["--repo", str(repository.root), "--revisions", change_of]
+            return shlex.join(["trimtab", "triage", str(place / other), str(place / run.trace), *where])
     return f"git show {first.commit[:12]}"

@@ -18,7 +18,7 @@ from trimtab.workflows.triage._calls import Call, build_calls
 from trimtab.workflows.triage._context import find_in_context
 from trimtab.workflows.triage._inputs import check_lengths, micro_batches
 from trimtab.workflows.triage._locate import Found, ingredients, locate
-from trimtab.workflows.triage._manifests import compare_manifests
+from trimtab.workflows.triage._manifests import compare_manifests, groups_known
 from trimtab.workflows.triage._routing import is_routing, routing_notes, same_sets
 from trimtab.workflows.triage._rows import find_rows, strips
 from trimtab.workflows.triage._source import SourceMap, look_up, make_fix, place, suspect_hunk
@@ -111,6 +111,7 @@ def _diverged(
     where = find_rows(found.tensor, plan)
     sentence = _explain.describe(found, tensors, prints, where.text if where is not None else "")
     near, left_out = _near(calls, found)
+    known = groups_known(plan.reference.manifest, plan.candidate.manifest)
     return Triage(
         passed=False,
         reason=sentence,
@@ -120,7 +121,7 @@ def _diverged(
         next_check=_explain.next_step(found, source, hunk, moved, comparison.passed),
         calls=tuple(call.result(found.path) for call in near),
         calls_left_out=left_out,
-        ruled_out=_explain.rule_out(found, tensors, common["manifest"]),
+        ruled_out=_explain.rule_out(found, tensors, common["manifest"], known),
         micro_batches=micro_batches(tensors, plan.reference.trace),
         source=source,
         transplant=moved,

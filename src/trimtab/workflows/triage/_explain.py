@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from trimtab.compare.rounding import LAYER
 from trimtab.results.comparison import Fingerprint
@@ -104,8 +104,17 @@ def ranks_of(tensor: Tensor, tensors: Sequence[Tensor]) -> tuple[tuple[int, ...]
     return tuple(bad) or tensor.record.ranks, tuple(agreeing)  # of a pipeline stage only one rank has it
 
 
-def rule_out(found: Found, tensors: Sequence[Tensor], manifest: Sequence[ManifestDifference]) -> tuple[RuledOut, ...]:
-    """Return the causes that the evidence excludes."""
+def rule_out(
+    found: Found, tensors: Sequence[Tensor], manifest: Sequence[ManifestDifference], known: Collection[str]
+) -> tuple[RuledOut, ...]:
+    """Return the causes that the evidence excludes.
+
+    Args:
+        found: the divergence.
+        tensors: every pair.
+        manifest: settings that differ.
+        known: groups of settings that both manifests name.
+    """
     said = []
     place = found.tensor.place
     fed = [one for one in tensors if is_input(one) and one.group == found.tensor.group]
@@ -145,7 +154,7 @@ def rule_out(found: Found, tensors: Sequence[Tensor], manifest: Sequence[Manifes
         ("precision", "precision settings"),
         ("optimizer", "optimizer settings"),
     ):
-        if not groups[group]:  # type: ignore[index]
+        if group in known and not groups[group]:  # type: ignore[index]
             said.append(RuledOut(what=what, why="the manifests agree"))
     return tuple(said)
 

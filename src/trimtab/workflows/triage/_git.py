@@ -147,7 +147,7 @@ class Repository:
             Blame(
                 commit=name,
                 date=facts.get(name, {}).get("author-time", ""),
-                summary=facts.get(name, {}).get("summary", ""),
+                summary=facts.get(name, {}).get("summary", "") if name.strip("0") else "not committed yet",
                 lines=number,
             )
             for name, number in counts.most_common(5)

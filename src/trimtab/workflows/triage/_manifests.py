@@ -10,6 +10,7 @@ from trimtab.results.triage import ManifestDifference
 
 Group = Literal["precision", "optimizer", "environment", "versions", "arguments", "code", "run"]
 _SKIPPED = ("created", "cwd", "plan", "counts", "hostname", "pid")
+_OURS = "environment.TRIMTAB_"  # where the trace goes and what is recorded, no setting of the run
 _PRECISION = (
     "dtype", "precision", "tf32", "autocast", "amp", "deterministic", "matmul", "torch_settings", "num_threads", "seed",
     "rng", "loss_scale", "attention", "attn", "math", "backend", "device",
@@ -26,11 +27,22 @@ def compare_manifests(reference: Mapping[str, Any], candidate: Mapping[str, Any]
     """
     ours, theirs = (dict(_flat("", _settings(one))) for one in (reference, candidate))
     found = []
-    for key in sorted(ours.keys() | theirs.keys()):
+    for key in sorted(key for key in ours.keys() | theirs.keys() if not key.startswith(_OURS)):
         left, right = (side.get(key, "(not given)") for side in (ours, theirs))
         if left != right:
             found.append(ManifestDifference(group=_group(key), key=key, reference=left, candidate=right))
     return tuple(sorted(found, key=lambda one: (_ORDER.index(one.group), one.key)))
+
+
+def groups_known(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> frozenset[Group]:
+    """Return the groups of which both manifests name a setting: of others nobody can say that they agree.
+
+    Args:
+        reference: manifest of the trusted run.
+        candidate: manifest of the run under test.
+    """
+    ours, theirs = ({_group(key) for key, _ in _flat("", _settings(one))} for one in (reference, candidate))
+    return frozenset(ours & theirs)
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,7 +50,9 @@ def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
     provenance, plan = manifest.get("provenance"), manifest.get("plan")
     settings = dict(provenance) if isinstance(provenance, dict) else {}
     if isinstance(plan, dict):
-        settings |= {key: plan[key] for key in ("dtype", "coordinates", "optimizer", "seed") if key in plan}
+        settings |= {
+            key: plan[key] for key in ("dtype", "coordinates", "optimizer", "precision", "seed") if key in plan
+        }
     return settings
 
 

@@ -207,8 +207,14 @@ def _scales(node: ast.BinOp) -> bool:
     names = [
         one.id if isinstance(one, ast.Name) else one.attr for one in parts if isinstance(one, ast.Name | ast.Attribute)
     ]
-    constant = any(isinstance(one, ast.Constant) and isinstance(one.value, float) for one in (node.left, node.right))
+    constant = any(_is_float(one) for one in (node.left, node.right))
     return constant or any(_NAMES["scale"].search(name) for name in names)
+
+
+def _is_float(node: ast.expr) -> bool:
+    """Whether it is a number with a point, with or without a sign."""
+    bare = node.operand if isinstance(node, ast.UnaryOp) else node
+    return isinstance(bare, ast.Constant) and isinstance(bare.value, float)
 
 
 def _assignment(node: ast.Assign) -> Iterator[tuple[str, str]]:
