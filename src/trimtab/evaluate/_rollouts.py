@@ -107,37 +107,30 @@ def rollouts(
         >>> run = rollouts("testbed", testbed.prompts(4), vectors={"animal": "testbed:animal"}, scales=[0.1], out="r")
     """
     listed = _prompts(prompts)
-    _check(listed, variants, vectors, samples, max_tokens, temperature)
+    recipe: dict[str, Any] = {"scales": tuple(scales), "learned": learned, "prompted": prompted, "controls": controls}
+    _check(listed, variants, vectors, recipe, samples, max_tokens, temperature)
     options = {"dtype": dtype, "device": device, "batch_size": batch_size, "engine": dict(engine or {}) or None}
-    made: tuple[Variant, ...] = () if variants is None else check_variants(variants)
-    with _opened(model, backend, options, made, positions_of=vectors or {}) as (running, chunk):
-        if variants is None:
-            made = make_variants(
-                vectors or {},
-                running.info,
-                scales=scales,
-                unit=unit,
-                learned=learned,
-                prompted=prompted,
-                controls=controls,
-                layer=layer,
-                positions=positions,
-                seed=seed,
-            )
+    recipe |= {"unit": unit, "layer": layer, "positions": positions, "seed": seed}
+    sampled: dict[str, Any] = {
+        "samples": samples,
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    given = () if variants is None else check_variants(variants)
+    with _opened(model, backend, options, given, positions_of=vectors or {}) as (running, chunk):
+        made = make_variants(vectors or {}, running.info, **recipe) if variants is None else given
         plan = RolloutPlan(
             model=running.model_id,
             model_digest=running.info.weights_digest,
             backend=running.name,
             dtype=running.info.dtype,
             prompts=listed,
-            samples=samples,
-            max_tokens=max_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed,
             no_system=no_system,
             ignore_eos=ignore_eos,
             chunk=chunk,
+            **sampled,
         )
         for one in made:  # all of it is refused before a directory is made
             for prompt in listed:
@@ -162,6 +155,7 @@ def _check(
     prompts: Sequence[Prompt],
     variants: Sequence[Variant] | None,
     vectors: Mapping[str, Any] | None,
+    recipe: Mapping[str, Any],
     samples: int,
     max_tokens: int,
     temperature: float,
@@ -170,6 +164,9 @@ def _check(
         raise InputError("rollouts need prompts; at least one was expected")
     if variants is not None and vectors:
         raise InputError("give variants, or vectors and their scales, not both")
+    idle = [name for name, value in recipe.items() if value]
+    if variants is not None and idle:
+        raise InputError(f"{', '.join(idle)} would do nothing to variants that are made already; give vectors instead")
     if samples < 1 or max_tokens < 1:
         raise InputError(f"samples is {samples} and max_tokens {max_tokens}; at least 1 of each was expected")
     if samples > 1 and temperature == 0:

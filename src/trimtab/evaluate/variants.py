@@ -55,6 +55,8 @@ def make_variants(
 ) -> tuple[Variant, ...]:
     """Return the usual conditions: unsteered, prompted, every vector at every scale, matched norms, controls.
 
+    A vector runs at scales or at the learned norm; one that would run at neither is refused, not left out.
+
     Args:
         vectors: name -> vector, or anything that `load_direction` reads.
         info: the model that they steer.
@@ -64,7 +66,7 @@ def make_variants(
         learned: name of the vector whose norm counts as learned: it also runs as it is (`NAME@learned`), and the others
             at plus and minus its norm (`OTHER@learned`, `OTHER@-learned`).
         prompted: a system prompt, for the variant `prompted`.
-        controls: random directions of the first vector's norm, run like that vector.
+        controls: random directions at the first vector's site, at the same scales, and at the learned norm.
         layer: 0-based layer for vectors that do not say their own.
         positions: rows that are steered.
         seed: of the controls.
@@ -82,6 +84,13 @@ def make_variants(
         raise InputError(f"learned is {learned!r}; name the vector of the norm to match: {', '.join(read) or 'none'}")
     if controls < 0 or (controls and not read):
         raise InputError(f"controls is {controls}; 0 or more were expected, and a vector to control")
+    if read and not scales and not learned:
+        raise InputError(
+            f"{', '.join(read)}: no strength to run at; give scales, such as --scale=-0.1 --scale 0.1 (parts of each "
+            f"token's norm), or learned={next(iter(read))!r} to run it as it is"
+        )
+    if scales and not read:
+        raise InputError(f"scales {list(scales)} and no vector to run at them; give one")
     norm = read[learned].norm if learned else 1.0
     made = [Variant(name=UNSTEERED)]
     if prompted:
@@ -94,6 +103,8 @@ def make_variants(
     for number in range(controls):
         control = random_control(next(iter(read.values())), seed=seed + number)
         made += doses.of(f"random-{number}", control)
+        if learned:
+            made += _at_learned(f"random-{number}", control, norm, own=True, positions=doses.positions)
     return check_variants(made)
 
 
@@ -180,7 +191,10 @@ class _Doses:
 
 
 def _at_learned(name: str, vector: Direction, norm: float, *, own: bool, positions: Positions) -> Iterator[Variant]:
-    """Yield a vector at the learned norm: along its unit direction, whatever norm it has itself."""
+    """Yield a vector at the learned norm, with both signs where it is not its own.
+
+    Along the unit direction, whatever norm the vector has itself.
+    """
     for sign, label in ((1.0, "learned"),) if own else ((1.0, "learned"), (-1.0, "-learned")):
         yield Variant(
             name=f"{name}@{label}",

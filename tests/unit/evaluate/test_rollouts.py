@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trimtab import testbed
@@ -145,6 +147,23 @@ def test_matched_norms_are_of_the_unit_direction(model: Backend) -> None:
     }
 
 
+def test_controls_of_a_vector_as_learned_have_its_norm(model: Backend) -> None:
+    """A vector that runs only as it is has random directions beside it all the same."""
+    learned = SteeringVector.of([3.0] + [0.0] * (model.info.hidden_size - 1), site=Site("resid_post", 2))
+    made = make_variants({"trained": learned}, model.info, learned="trained", controls=2, seed=7)
+    assert [one.name for one in made] == ["unsteered", "trained@learned", "random-0@learned", "random-1@learned"]
+    added = []
+    for one in made[1:]:
+        assert one.steering is not None
+        (op,) = one.steering.bound
+        assert isinstance(op.op, Add) and str(op.pattern) == "layers.2.resid_post"
+        added.append(op.op.vector * op.op.scale)
+    assert [float(one.norm()) for one in added] == pytest.approx([3.0, 3.0, 3.0])
+    assert all(abs(float(one @ other)) < 6 for one, other in pairwise(added))
+    drawn = np.random.RandomState(7).standard_normal(model.info.hidden_size)
+    assert added[1].numpy() == pytest.approx(3 * drawn / np.linalg.norm(drawn), abs=1e-6)
+
+
 def test_buffers_cover_every_variant() -> None:
     two = Steering({"layers.1.mlp_out": [Add([1.0, 0.0]), Add([0.0, 1.0])]})
     one = Steering({"layers.3.resid_post": Add([1.0, 0.0])})
@@ -171,6 +190,8 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(model: Backen
         ("layer 9 is outside 0 to 5", {"vectors": {"v": "random:1"}, "layer": 9}, InputError),
         ("made on a model of digest 000000000000", {"vectors": {"v": vector}}, SteeringError),
         ("are for vllm", {"engine": {"block_size": 16}}, InputError),
+        ("animal: no strength to run at; give scales", {"scales": []}, InputError),
+        ("and no vector to run at them", {"vectors": {}}, InputError),
     ]
     for message, options, kind in cases:
         running: Any = "testbed" if "engine" in options else model
@@ -179,6 +200,10 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(model: Backen
         assert not out.exists()
     with pytest.raises(InputError, match="two variants are called 'a'"):
         rollouts(model, PROMPTS, [Variant(name="a"), Variant(name="a")], out=out)
+    idles: list[dict[str, Any]] = [{"scales": [0.5]}, {"learned": "a"}, {"prompted": "be kind"}, {"controls": 1}]
+    for idle in idles:
+        with pytest.raises(InputError, match=f"{next(iter(idle))} would do nothing to variants"):
+            rollouts(model, PROMPTS, [Variant(name="a")], out=out, **idle)
     with pytest.raises(InputError, match="at least one"):
         rollouts(model, [], out=out, **OPTIONS)
     with pytest.raises(InputError, match="a list of prompts"):
