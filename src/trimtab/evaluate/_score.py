@@ -17,7 +17,7 @@ from trimtab.errors import InputError
 from trimtab.evaluate import _files
 from trimtab.evaluate._files import Rollout, RolloutFiles
 from trimtab.evaluate._measure import base_prompts, measure, side_effects
-from trimtab.evaluate._summarise import doses, gains, points, summaries
+from trimtab.evaluate._summarise import doses, examples, gains, points, summaries
 from trimtab.evaluate.scorers import Mark, Output, Scorer
 from trimtab.evaluate.scorers.parse import parse_scorer
 from trimtab.evaluate.variants import buffers, question
@@ -192,6 +192,7 @@ def _evaluation(
         pareto=points(summarised, found),
         split_half=gains(files, rows, marks, measured, budget=budget, seed=seed),
         classifiers=tuple(reports),
+        examples=examples(rows, [question(prompt) for prompt in files.plan.prompts]),
         finished=len(rows) == files.expected and not again,
         warnings=(*warnings, *problems),
     )

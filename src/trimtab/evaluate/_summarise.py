@@ -14,7 +14,9 @@ from trimtab.evaluate import statistics
 from trimtab.evaluate._files import Rollout, RolloutFiles
 from trimtab.evaluate.scorers import Mark
 from trimtab.evaluate.variants import UNSTEERED, Variant
-from trimtab.results.evaluation import DoseResponse, ParetoPoint, ScoreSummary, SideEffects, SplitHalf
+from trimtab.results.evaluation import DoseResponse, Example, ParetoPoint, ScoreSummary, SideEffects, SplitHalf
+
+_EXAMPLE_PROMPTS, _EXAMPLE_SIGNS = 2, 400
 
 Marks = Mapping[str, Sequence[Mark]]
 
@@ -134,3 +136,16 @@ def _per_prompt(
     prompts = {prompt for prompt, _ in cells}
     whole = [one for one in prompts if all((one, name) in cells for name in names)]
     return {one: [fmean(cells[one, name]) for name in names] for one in whole}
+
+
+def examples(rows: Sequence[Rollout], texts: Sequence[str]) -> tuple[Example, ...]:
+    """Return the first output of every variant to each of the first prompts."""
+    first = [row for row in rows if row.prompt < _EXAMPLE_PROMPTS and row.sample == 0]
+    return tuple(
+        Example(
+            variant=row.variant,
+            question=texts[row.prompt],
+            text=row.text if len(row.text) <= _EXAMPLE_SIGNS else f"{row.text[:_EXAMPLE_SIGNS]}...",
+        )
+        for row in first
+    )

@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from trimtab.report import _format as fmt
 from trimtab.report import _html
 from trimtab.report._console import MAX_LINES, TextPage
-from trimtab.results.evaluation import DoseResponse, Evaluation, ParetoPoint, SideEffects, SplitHalf
+from trimtab.report._evaluation_figures import Panel, dose_panels, interval, is_control, tradeoffs
+from trimtab.results.evaluation import DoseResponse, Evaluation, SideEffects, SplitHalf
 
-WIDTH, HEIGHT = 300.0, 150.0
-SERIES = 6
+NORM = "@norm"
+"""Ends the name of a group that ran at a learned norm."""
 _TONE = {"good": "green", "bad": "red", "neutral": ""}
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Curve:
-    """One group of variants in a panel."""
-
-    name: str
-    series: int
-    """Colour; random controls are -1 and faint."""
-    line: str
-    band: str
-    dots: tuple[tuple[float, float, str], ...]
-    """(x, y, title)."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Panel:
-    """A drawing on axes of its own."""
-
-    title: str
-    note: str
-    curves: tuple[Curve, ...]
-    zero: float | None
-    """Height of the line of no effect, where it lies inside."""
-    x_ticks: tuple[tuple[float, str], ...]
-    y_ticks: tuple[tuple[float, str], ...]
-    description: str
-    labels: tuple[tuple[float, float, str], ...] = ()
-    """(x, y, text) beside points that stand out."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,6 +31,8 @@ class EvaluationView:
     effects: tuple[tuple[str, ...], ...]
     splits: tuple[tuple[str, ...], ...]
     classifiers: tuple[tuple[str, ...], ...]
+    examples: tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
+    """(question, (variant, text) of every vector's variants and of one random direction)."""
 
 
 EFFECT_HEADS = ("perplexity", "ratio", "coherent", "loops", "repetition", "distinct-2", "refusals", "KL", "retention")
@@ -75,24 +47,25 @@ def view(result: Evaluation) -> EvaluationView:
         headline=_headline(best),
         lede=f"{fmt.count(result.count, 'output')} of {result.model}, scored by {', '.join(result.scorers)}.",
         answers=_answers(result, best),
-        doses=tuple(_dose_panels(result)),
-        tradeoffs=tuple(_tradeoffs(result)),
+        doses=tuple(dose_panels(result)),
+        tradeoffs=tuple(tradeoffs(result)),
         scores=tuple(
-            (one.variant, one.scorer, fmt.number(one.mean), _interval(one.low, one.high), fmt.number(one.std),
+            (one.variant, one.scorer, fmt.number(one.mean), interval(one.low, one.high), fmt.number(one.std),
              f"{one.count:,}", f"{one.refusals:,}", f"{one.missing:,}")
             for one in result.summaries
         ),
         effects=tuple(_effect(one) for one in result.effects),
         splits=tuple(
             (one.group, one.scorer, fmt.number(one.chosen), fmt.percent(one.stability), fmt.number(one.selected),
-             fmt.number(one.held_out), _interval(one.low, one.high))
+             fmt.number(one.held_out), interval(one.low, one.high))
             for one in result.split_half
         ),
         classifiers=tuple(
-            (one.name, fmt.number(one.auc), _interval(one.auc_low, one.auc_high), fmt.percent(one.accuracy),
+            (one.name, fmt.number(one.auc), interval(one.auc_low, one.auc_high), fmt.percent(one.accuracy),
              fmt.number(one.f1), f"{one.held_out:,}", f"{one.questions:,}")
             for one in result.classifiers
         ),
+        examples=_examples(result),
     )  # fmt: skip
 
 
@@ -102,6 +75,7 @@ def render(result: Evaluation) -> str:
     sections = [("answer", "Answer")]
     sections += [("dose", "Dose")] if made.doses else []
     sections += [("cost", "Effect and damage")] if made.tradeoffs else []
+    sections += [("outputs", "Outputs")] if made.examples else []
     sections += [("scores", "Scores")]
     return _html._page(
         "evaluation.html.j2",
@@ -139,6 +113,8 @@ def render_text(result: Evaluation, *, width: int, color: bool) -> str:
     if made.classifiers:
         page.table("Classifiers, on held-out questions", ("name", *(f">{one}" for one in CLASSIFIER_HEADS)),
                    made.classifiers)  # fmt: skip
+    for asked, texts in made.examples[:1]:
+        page.table(f"First outputs to {asked!r}", ("variant", "text"), texts[:MAX_LINES])
     for one in result.summaries:
         page.lines((f"  {one.variant}, {one.scorer}: missing because {reason}" for reason in one.reasons), "yellow")
     page.line("")
@@ -147,35 +123,36 @@ def render_text(result: Evaluation, *, width: int, color: bool) -> str:
     return page.text()
 
 
-def _is_control(group: str) -> bool:
-    return group.startswith("random-")
-
-
 def _best(result: Evaluation) -> DoseResponse | None:
-    """The vector whose score moves most surely with its strength, under the first scorer."""
-    own = [
-        one
-        for one in result.dose_responses
-        if one.scorer == result.scorers[0] and not _is_control(one.group) and not one.group.endswith("@norm")
-    ]
-    return max(own, key=lambda one: (abs(one.spearman), abs(one.slope)), default=None)
+    """The vector whose score moves most surely with its strength, under the first scorer.
+
+    Vectors at scales come before vectors that ran only as they were learned.
+    """
+    own = [one for one in result.dose_responses if one.scorer == result.scorers[0] and not is_control(one.group)]
+    scaled = [one for one in own if not _as_learned(one)]
+    return max(scaled or own, key=lambda one: (abs(one.spearman), abs(one.slope)), default=None)
+
+
+def _as_learned(dose: DoseResponse) -> bool:
+    return dose.group.endswith(NORM)
 
 
 def _headline(best: DoseResponse | None) -> str:
     if best is None:
         return "No vector ran at any strength: scores are listed, a dose-response is not"
+    name = best.group.removesuffix(NORM)
     if best.slope_low > 0:
-        return f"{best.group} steers: {best.scorer} rises with its strength"
+        return f"{name} steers: {best.scorer} rises with its strength"
     if best.slope_high < 0:
-        return f"{best.group} steers the other way: {best.scorer} falls with its strength"
-    return f"{best.group} does not measurably move {best.scorer}"
+        return f"{name} steers the other way: {best.scorer} falls with its strength"
+    return f"{name} does not measurably move {best.scorer}"
 
 
 def _answers(result: Evaluation, best: DoseResponse | None) -> tuple[tuple[str, str, str, str], ...]:
     if best is None:
         return ()
     holds = best.slope_low > 0
-    spread = _interval(best.slope_low, best.slope_high)
+    spread = interval(best.slope_low, best.slope_high)
     found = [
         (
             "Does it steer?",
@@ -185,7 +162,11 @@ def _answers(result: Evaluation, best: DoseResponse | None) -> tuple[tuple[str, 
             "good" if holds else "bad",
         )
     ]
-    controls = [one for one in result.dose_responses if _is_control(one.group) and one.scorer == best.scorer]
+    controls = [
+        one
+        for one in result.dose_responses
+        if is_control(one.group) and one.scorer == best.scorer and _as_learned(one) == _as_learned(best)
+    ]
     if controls:
         most = max(controls, key=lambda one: abs(one.slope))
         beaten = abs(best.slope) > abs(most.slope)
@@ -209,7 +190,7 @@ def _choice(split: SplitHalf) -> tuple[str, str, str, str]:
         return ("Which strength?", "None", "no strength keeps within the perplexity budget", "bad")
     return (
         "Which strength?",
-        f"{split.chosen:+g}",
+        f"{split.chosen:+.3g}",
         f"chosen by {fmt.percent(split.stability)} of the half splits; gain {fmt.number(split.held_out)} on the other "
         f"halves, {fmt.number(split.selected)} where it was chosen",
         "good" if split.held_out > 0 else "bad",
@@ -217,13 +198,24 @@ def _choice(split: SplitHalf) -> tuple[str, str, str, str]:
 
 
 def _cost(result: Evaluation, split: SplitHalf) -> list[tuple[str, str, str, str]]:
-    name = f"{split.group}@{split.chosen:+g}"
+    vector = split.group.removesuffix(NORM)
+    strength = f"{split.chosen:+g}" if vector == split.group else "learned" if split.chosen > 0 else "-learned"
+    name = f"{vector}@{strength}"
     one = next((one for one in result.effects if one.variant == name), None)
-    if one is None:
+    if one is None or math.isnan(split.chosen):
         return []
     dear = one.perplexity_ratio > 1.5 or one.loops > 0.1
     detail = f"perplexity against unsteered; {fmt.percent(one.coherent)} of the outputs are coherent"
     return [("At what cost?", f"x {fmt.number(one.perplexity_ratio)}", detail, "bad" if dear else "good")]
+
+
+def _examples(result: Evaluation) -> tuple[tuple[str, tuple[tuple[str, str], ...]], ...]:
+    """Outputs by question, controls after the first left out."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for one in result.examples:
+        if not is_control(one.variant) or one.variant.startswith("random-0@"):
+            found.setdefault(one.question, []).append((one.variant, one.text))
+    return tuple((asked, tuple(texts)) for asked, texts in found.items())
 
 
 def _effect(one: SideEffects) -> tuple[str, ...]:
@@ -239,114 +231,3 @@ def _effect(one: SideEffects) -> tuple[str, ...]:
         fmt.number(one.kl) if math.isfinite(one.kl) else "-",
         fmt.number(one.retention) if math.isfinite(one.retention) else "-",
     )
-
-
-def _interval(low: float, high: float) -> str:
-    return f"{fmt.number(low)} to {fmt.number(high)}" if math.isfinite(low) and math.isfinite(high) else "-"
-
-
-def _dose_panels(result: Evaluation) -> list[Panel]:
-    """One panel per scorer and unit of strength, all vectors on the same axes."""
-
-    def key(one: DoseResponse) -> tuple[int, bool, str]:
-        return result.scorers.index(one.scorer), one.group.endswith("@norm"), one.unit
-
-    panels = []
-    for (_, norms, unit), listed in groupby(sorted(result.dose_responses, key=key), key):
-        doses = list(listed)
-        xs = [point.scale for one in doses for point in one.points]
-        ys = [value for one in doses for point in one.points for value in _ends(point.mean, point.low, point.high)]
-        if len(set(xs)) < 2:
-            continue
-        across, down = _axis(min(xs), max(xs), 0.0, WIDTH), _axis(min(ys), max(ys), HEIGHT, 0.0)
-        own = [one.group for one in doses if not _is_control(one.group)]
-        curves = tuple(
-            _curve(one, own.index(one.group) % SERIES if one.group in own else -1, across, down) for one in doses
-        )
-        panels.append(
-            Panel(
-                title=doses[0].scorer,
-                note="at matched norms" if norms else {"token_norm": "parts of each token's norm"}.get(unit, unit),
-                curves=tuple(sorted(curves, key=lambda one: one.series)),
-                zero=down(0.0) if min(ys) < 0 < max(ys) else None,
-                x_ticks=tuple((across(x), f"{x:+g}" if x else "0") for x in _thin(sorted(set(xs)), across)),
-                y_ticks=tuple((down(y), fmt.number(y)) for y in (min(ys), max(ys))),
-                description=f"{doses[0].scorer} against strength for {', '.join(one.group for one in doses)}",
-            )
-        )
-    return panels
-
-
-def _curve(dose: DoseResponse, series: int, across: Callable[[float], float], down: Callable[[float], float]) -> Curve:
-    places = [(across(point.scale), down(point.mean)) for point in dose.points]
-    known = [point for point in dose.points if math.isfinite(point.low)]
-    edge = [(across(point.scale), down(point.high)) for point in known]
-    edge += [(across(point.scale), down(point.low)) for point in reversed(known)]
-    return Curve(
-        name=dose.group,
-        series=series,
-        line=_path(places),
-        band=f"{_path(edge)}Z" if len(known) > 1 and series >= 0 else "",
-        dots=tuple(
-            (x, y, f"{dose.group} at {point.scale:+g}: {fmt.number(point.mean)}, {_interval(point.low, point.high)}")
-            for (x, y), point in zip(places, dose.points, strict=True)
-        ),
-    )
-
-
-def _tradeoffs(result: Evaluation) -> list[Panel]:
-    panels = []
-    for scorer in result.scorers:
-        points = [
-            one
-            for one in result.pareto
-            if one.scorer == scorer and math.isfinite(one.effect) and math.isfinite(one.damage)
-        ]
-        if len({(one.effect, one.damage) for one in points}) < 2:
-            continue
-        xs, ys = [one.damage for one in points], [one.effect for one in points]
-        across, down = _axis(min(xs), max(xs), 0.0, WIDTH), _axis(min(ys), max(ys), HEIGHT, 0.0)
-
-        def dots(listed: Sequence[ParetoPoint], name: str, series: int, x=across, y=down) -> Curve:  # type: ignore[no-untyped-def]
-            places = tuple(
-                (x(one.damage), y(one.effect), f"{one.variant}: effect {fmt.number(one.effect)}, perplexity x "
-                 f"{fmt.number(one.damage)}") for one in listed
-            )  # fmt: skip
-            return Curve(name=name, series=series, line="", band="", dots=places)
-
-        best = [one for one in points if one.efficient]
-        panels.append(
-            Panel(
-                title=scorer,
-                note="effect over unsteered, up; perplexity ratio, right",
-                curves=(dots([one for one in points if not one.efficient], "others", -1), dots(best, "efficient", 0)),
-                zero=down(0.0) if min(ys) < 0 < max(ys) else None,
-                x_ticks=tuple((across(x), f"x {fmt.number(x)}") for x in (min(xs), max(xs))),
-                y_ticks=tuple((down(y), fmt.number(y)) for y in (min(ys), max(ys))),
-                description=f"effect on {scorer} against perplexity, one point per variant",
-                labels=tuple((across(one.damage), down(one.effect), one.variant) for one in best[:6]),
-            )
-        )
-    return panels
-
-
-def _ends(*values: float) -> list[float]:
-    return [value for value in values if math.isfinite(value)]
-
-
-def _axis(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
-    span = high - low or 1.0
-    return lambda value: round(start + (value - low) / span * (end - start), 1)
-
-
-def _thin(values: Sequence[float], across: Callable[[float], float]) -> list[float]:
-    """Keep the ends and what has room between them."""
-    kept = [values[0]]
-    for value in values[1:-1]:
-        if across(value) - across(kept[-1]) > 34 and across(values[-1]) - across(value) > 34:
-            kept.append(value)
-    return [*kept, values[-1]]
-
-
-def _path(places: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:g} {y:g}" for x, y in places) if places else ""

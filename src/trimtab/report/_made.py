@@ -39,21 +39,26 @@ def _extraction(one: ExtractionReport) -> TrainingView:
         limits = [limit for limit in (best.random_auc, best.covariance_auc, best.shuffled_auc) if limit is not None]
         beaten = bool(limits) and best.auc > max(limits)
         headline = f"{best.site} separates the labels best: AUC {fmt.number(best.auc)}"
+        if one.chosen_by == "steering" and best.effect is not None:
+            headline = f"{best.site} steers held-out examples most: {fmt.signed(best.effect)} nats per token"
+            answers.append(("Does it steer?", f"{fmt.signed(best.effect)} nats per token",
+                            "what adding it at 0.1 of each token's norm moves the two labels' log-probabilities apart",
+                            "good" if best.effect > 0 else "bad"))  # fmt: skip
         answers.append(("Does it separate?", f"AUC {fmt.number(best.auc)}",
                         f"accuracy {fmt.percent(best.accuracy)}, {fmt.number(best.separation)} deviations apart",
                         "good" if beaten else "bad"))  # fmt: skip
         answers.append(("More than chance?", "Yes" if beaten else "No",
-                        f"95 % of the control directions stay under {fmt.number(max(limits, default=None))}",
+                        f"95 % of the control directions stay under AUC {fmt.number(max(limits, default=None))}",
                         "good" if beaten else "bad"))  # fmt: skip
     rows = tuple(
-        (site.site, fmt.number(site.norm), fmt.number(site.median_norm), fmt.number(site.auc),
+        (site.site, fmt.number(site.norm), fmt.number(site.median_norm), fmt.number(site.effect), fmt.number(site.auc),
          fmt.percent(site.accuracy), fmt.number(site.separation), fmt.number(site.random_auc),
          fmt.number(site.covariance_auc),
          fmt.number(site.shuffled_auc), fmt.number(site.cosine_to_mean_difference), site.note)
         for site in one.sites
     )  # fmt: skip
-    heads = ("site", ">norm", ">median |h|", ">AUC", ">accuracy", ">separation", ">random", ">covariance", ">shuffled",
-             ">cosine to means", "note")  # fmt: skip
+    heads = ("site", ">norm", ">median |h|", ">effect", ">AUC", ">accuracy", ">separation", ">random", ">covariance",
+             ">shuffled", ">cosine to means", "note")  # fmt: skip
     return TrainingView(
         kicker=f"Extraction from {one.data}",
         headline=headline,
@@ -90,6 +95,10 @@ def _cleaning(one: Cleaning) -> TrainingView:
          "no held-out data were given" if not lost else "the most that a vector lost on held-out questions",
          "neutral" if not lost else "bad" if max(lost) > 0.05 else "good"),
     ]  # fmt: skip
+    headline = f"{fmt.count(len(one.vectors), 'vector')} cleaned of {fmt.count(removed, 'direction')}"
+    degenerate = [f"{site.site}: {site.degeneracy}" for site in one.sites if site.degeneracy]
+    if degenerate:
+        headline += ", and nothing tells them apart any more"
     sites = tuple(
         (site.site, site.source, f"{site.n:,}", str(site.k), fmt.percent(site.share),
          ", ".join(fmt.number(p, 2) for p in site.p_values[:6]) or "-", fmt.number(site.cosine_before),
@@ -104,8 +113,8 @@ def _cleaning(one: Cleaning) -> TrainingView:
     )  # fmt: skip
     return TrainingView(
         kicker=f"Cleaning by {one.method}",
-        headline=f"{fmt.count(len(one.vectors), 'vector')} cleaned of {fmt.count(removed, 'direction')}",
-        lede=f"On {one.model}; {fmt.percent(one.blend)} of the contamination-free vector was kept beside the manifold.",
+        headline=headline,
+        lede=_what(one),
         answers=tuple(answers),
         tables=(
             Table(title="Vectors", heads=("vector", "site", ">norm", ">kept", ">cosine to raw", ">manifold",
@@ -115,8 +124,20 @@ def _cleaning(one: Cleaning) -> TrainingView:
         ),
         panels=(),
         facts=(("kept in", one.directory), ("seed", str(one.seed))),
-        notes=(*one.warnings, *(f"{site.site}: {site.degeneracy}" for site in one.sites if site.degeneracy)),
+        notes=tuple(dict.fromkeys((*one.warnings, *degenerate))),
     )  # fmt: skip
+
+
+def _what(one: Cleaning) -> str:
+    """Say where it happened, what was removed, and what was kept of it beside a manifold."""
+    source = {"neutral": "neutral texts", "concepts": "the vectors themselves", "none": ""}
+    removed = dict.fromkeys(source[site.source] for site in one.sites if source[site.source])
+    parts = [f"On {one.model}"] if one.model else []
+    parts += [f"contamination estimated from {' and '.join(removed)}"] if removed else []
+    if one.method != "contamination":
+        parts.append("projected on what texts of the concept vary along")
+        parts += [f"with {fmt.percent(one.blend)} of the vector kept beside it"] if one.blend else []
+    return f"{', '.join(parts) or one.method}."
 
 
 def _run(run: SAERun) -> TrainingView:

@@ -211,13 +211,24 @@ class ClassifierReport:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One output, to read beside the figures."""
+
+    variant: str
+    question: str
+    """What was asked, without any system prompt."""
+    text: str
+    """The continuation, cut after 400 signs."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Evaluation:
     """Scores, side effects and statistics of a rollout run."""
 
     format_version: int = EVALUATION_VERSION
     kind: str = "evaluation"
     passed: bool
-    """Every output was scored by every scorer, or refused."""
+    """Every scorer gave a value to some output."""
     reason: str
     path: str
     model: str
@@ -230,5 +241,7 @@ class Evaluation:
     pareto: tuple[ParetoPoint, ...] = ()
     split_half: tuple[SplitHalf, ...] = ()
     classifiers: tuple[ClassifierReport, ...] = ()
+    examples: tuple[Example, ...] = ()
+    """The first output of every variant to each of the first two prompts: chosen before anything was scored."""
     finished: bool = True
     warnings: tuple[str, ...] = ()

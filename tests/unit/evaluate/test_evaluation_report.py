@@ -12,7 +12,7 @@ import pytest
 from trimtab import testbed
 from trimtab.backends import Backend
 from trimtab.cli import main
-from trimtab.evaluate import rollouts, score
+from trimtab.evaluate import load, rollouts, score
 from trimtab.report import _evaluation, render_html, render_text, report
 from trimtab.results import from_json, schema, to_json
 from trimtab.results.evaluation import Evaluation
@@ -62,6 +62,8 @@ def test_no_effect_is_not_called_one(made: Evaluation) -> None:
     steep = replace(made.dose_responses[0], group="random-0", slope=-9.0)
     chance = _evaluation.view(replace(made, dose_responses=(made.dose_responses[0], steep)))
     assert chance.answers[1][1] == "No"
+    learned = replace(steep, group="random-0@norm", slope=99.0)  # per hidden unit: another axis
+    assert _evaluation.view(replace(made, dose_responses=(made.dose_responses[0], learned))).answers[1][1] != "No"
     bare = _evaluation.view(replace(made, dose_responses=(), pareto=(), split_half=()))
     assert bare.headline.startswith("No vector ran") and bare.answers == ()
     none = replace(made.split_half[0], chosen=math.nan)
@@ -106,3 +108,29 @@ def test_the_commands_work_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["evaluate", "score", str(tmp_path), "-s", "testbed:animal"]) == 2
     assert main(["evaluate", "score", str(run), "-s", "judge", "--judge", "model"]) == 2
     assert "write KEY=VALUE" in capsys.readouterr().err
+
+
+def test_a_vector_that_ran_only_as_learned_is_judged_at_that_norm(made: Evaluation) -> None:
+    dose = replace(made.dose_responses[0], group="kind@norm")
+    chance = replace(dose, group="random-0@norm", slope=dose.slope / 2)
+    split = replace(made.split_half[0], group="kind@norm", chosen=12.2373)
+    cost = replace(made.effects[1], variant="kind@learned", perplexity_ratio=1.25)
+    view = _evaluation.view(replace(made, dose_responses=(dose, chance), split_half=(split,), effects=(cost,)))
+    assert view.headline == "kind steers: testbed:animal rises with its strength"
+    assert [short for _, short, _, _ in view.answers] == ["Yes", "Yes", "+12.2", "x 1.25"]
+
+
+def test_the_page_shows_what_was_written(made: Evaluation) -> None:
+    """The first output of each variant to two prompts, as it is in the run; of the random directions, the first."""
+    rows = {(row.variant, row.prompt): row.text for row in load(made.path).rows() if row.sample == 0}
+    names = ["unsteered", "<b>animal@-1", "<b>animal@+1", "random-0@-1", "random-0@+1"]
+    shown = _evaluation.view(made).examples
+    assert shown == tuple(
+        (prompt, tuple((name, rows[name, place]) for name in names))
+        for place, prompt in enumerate(testbed.prompts(6)[:2])
+    )
+    page, text = render_html(made), render_text(made, width=400)
+    assert all(one in page for _, texts in shown for _, one in texts) and "<b>animal" not in page
+    assert all(one in text for _, one in shown[0][1])
+    assert {one.variant for one in made.examples} == {row.variant for row in load(made.path).rows()}
+    assert 'id="outputs"' not in render_html(replace(made, examples=()))

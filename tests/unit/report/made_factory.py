@@ -201,11 +201,12 @@ def extraction(text: str = "testbed:animal") -> ExtractionReport:
             SiteEvidence(
                 site=f"layers.{layer}.resid_post", norm=12.5, median_norm=80.0, cosine_to_mean_difference=1.0,
                 note="sign by vote", auc=auc, accuracy=0.9, separation=2.5, random_auc=0.61, covariance_auc=0.7,
-                shuffled_auc=0.66,
+                shuffled_auc=0.66, effect=effect,
             )
-            for layer, auc in ((2, 0.68), (3, 0.97))
+            for layer, auc, effect in ((2, 0.68, 0.004), (3, 0.97, 0.013))
         ),
         best="layers.3.resid_post",
+        chosen_by="steering",
         pass_seconds=2.5,
         notes=("2 examples were cut",),
     )  # fmt: skip

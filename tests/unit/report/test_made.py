@@ -34,13 +34,19 @@ def answers(result: Any) -> dict[str, tuple[str, str, str]]:
 
 def test_an_extraction_is_held_against_its_controls() -> None:
     seen = _made.view(factory.extraction())
-    assert seen.headline == "layers.3.resid_post separates the labels best: AUC 0.97"
-    assert answers(factory.extraction())["More than chance?"] == (
-        "Yes", "95 % of the control directions stay under 0.7", "good"
-    )  # fmt: skip
+    assert seen.headline == "layers.3.resid_post steers held-out examples most: +0.013 nats per token"
+    found = answers(factory.extraction())
+    assert found["Does it steer?"][::2] == ("+0.013 nats per token", "good")
+    assert found["Does it separate?"][0] == "AUC 0.97"
+    assert found["More than chance?"] == ("Yes", "95 % of the control directions stay under AUC 0.7", "good")
+    effects = [row[seen.tables[0].heads.index(">effect")] for row in seen.tables[0].rows]
+    assert effects == ["0.004", "0.013"]
     worse = replace(factory.extraction(), best="layers.2.resid_post")
     assert answers(worse)["More than chance?"][0] == "No"
     assert [row[0] for row in seen.tables[0].rows] == ["layers.2.resid_post", "layers.3.resid_post"]
+    read = replace(factory.extraction(), chosen_by="auc")
+    assert _made.view(read).headline == "layers.3.resid_post separates the labels best: AUC 0.97"
+    assert "Does it steer?" not in answers(read)
     alone = replace(factory.extraction(), best=None, validation=None)
     assert _made.view(alone).answers == ()
     assert ("held out", "nothing") in _made.view(alone).facts
@@ -48,11 +54,24 @@ def test_an_extraction_is_held_against_its_controls() -> None:
 
 def test_a_cleaning_says_what_was_removed_and_what_it_cost() -> None:
     seen = _made.view(factory.cleaning())
-    assert seen.headline == "2 vectors cleaned of 3 directions"
+    assert seen.headline == "2 vectors cleaned of 3 directions, and nothing tells them apart any more"
+    assert seen.lede == (
+        "On testbed, contamination estimated from neutral texts, projected on what texts of the concept vary along, "
+        "with 30 % of the vector kept beside it."
+    )
     found = answers(factory.cleaning())
     assert found["How much was removed?"][1].endswith("a cosine of 0.75 with the raw one")
     assert found["What did it cost?"] == ("-8 pp accuracy", "the most that a vector lost on held-out questions", "bad")
     assert seen.notes == ("few neutral states", "layers.3.resid_post: the published setting removes all")
+    (site,) = factory.cleaning().sites
+    sound = replace(factory.cleaning(), sites=(replace(site, source="concepts", degeneracy=""),), model="", blend=0.0)
+    assert (
+        _made.view(replace(sound, method="contamination")).lede
+        == "contamination estimated from the vectors themselves."
+    )
+    assert _made.view(sound).headline == "2 vectors cleaned of 3 directions"
+    told = replace(factory.cleaning(), warnings=seen.notes[1:])  # as `clean` warns already
+    assert _made.view(told).notes == seen.notes[1:]
     blind = tuple(replace(one, accuracy_before=None, accuracy_after=None) for one in factory.cleaning().vectors)
     assert answers(replace(factory.cleaning(), vectors=blind))["What did it cost?"][0] == "not measured"
 
