@@ -10,7 +10,7 @@ from trimtab.report import _format as fmt
 from trimtab.report import _html
 from trimtab.report._console import MAX_LINES, TextPage
 from trimtab.report._weights_payload import payload
-from trimtab.results.weights import FocusLayer, RankedChange, WeightsAnalysis
+from trimtab.results.weights import FocusLayer, Interaction, RankedChange, WeightsAnalysis
 
 MAX_ROWS = 400
 STANDS_OUT = 5.0
@@ -133,10 +133,14 @@ def _headline(result: WeightsAnalysis) -> str:
     best = _first(result)
     if best is None:
         return "No layer could be measured"
-    name = best.direction if best.kind == "pc" else f"{best.kind} {best.direction}"
+    name = _name(best)
     if abs(best.z) < STANDS_OUT:
         return f"No direction stands out from the controls; {name} comes closest, in {_place(best)}"
     return f"{_place(best)[0].upper()}{_place(best)[1:]} changed most: how it treats {name}"
+
+
+def _name(one: RankedChange) -> str:
+    return one.direction if one.kind == "pc" else f"{one.kind} {one.direction}"
 
 
 def _first(result: WeightsAnalysis) -> RankedChange | None:
@@ -162,7 +166,7 @@ def _answers(result: WeightsAnalysis) -> tuple[tuple[str, str, str, str], ...]:
         found.append(
             (
                 "What stands out most?",
-                "nothing" if result.identical else f"{best.direction}, z {_signed(best.z)}",
+                "nothing" if result.identical else f"{_name(best)}, z {_signed(best.z)}",
                 f"{best.measure.replace('_', ' ')} in {_place(best)}; z is uncertain by {fmt.number(best.z_error, 2)}",
                 "good" if stands else "",
             )
@@ -228,27 +232,40 @@ def _tables(result: WeightsAnalysis) -> Iterable[Table]:
         anchor="rankings",
         title="Rankings",
         finding=(
-            "The strongest of every measure and part, by z; its error comes from the number of controls. A minus before "
-            "a direction: its opposite was put in."
+            "The strongest of every measure and part, by z; its error comes from the number of controls. A minus "
+            "before a direction: its opposite was put in."
         ),
         heads=("direction", "kind", "part", "measure", ">layer", ">head", ">base", ">tuned", ">change", ">z", ">error"),
         rows=tuple(_ranked(one) for one in result.rankings[:MAX_ROWS]),
         left_out=max(0, len(result.rankings) - MAX_ROWS),
     )
     yield Table(
-        anchor="pairs",
-        title="Interactions",
-        finding=(
-            "Strengthened at the top, weakened at the bottom. qk: a query along the first and a key along the second; "
-            "vo and mlp: the first is read, the second is written."
-        ),
-        heads=("first", "kind", "second", "kind", "part", ">layer", ">base", ">tuned", ">change", ">z", ">error"),
+        anchor="directions",
+        title="Directions",
+        finding="Over the layers: mean and spread of each direction's change, and the layer where it stands out most.",
+        heads=("direction", "kind", "part", "measure", ">rank", ">mean change", ">std", ">mean z", ">peak layer",
+               ">change there", ">z there"),
         rows=tuple(
-            (one.first, one.first_kind, one.second, one.second_kind, one.part, _layer(one.layer), fmt.number(one.base),
-             fmt.number(one.tuned), _signed(one.delta), _signed(one.z), fmt.number(one.z_error, 2))
-            for one in result.interactions
+            (one.direction, one.kind, one.part, one.measure.replace("_", " "), str(one.rank), fmt.number(one.mean),
+             fmt.number(one.std), fmt.number(one.mean_z), str(one.peak_layer), _signed(one.peak), _signed(one.peak_z))
+            for one in sorted(result.profiles_of_directions, key=lambda one: one.rank)[:MAX_ROWS]
         ),
+        left_out=max(0, len(result.profiles_of_directions) - MAX_ROWS),
     )  # fmt: skip
+    yield _pairs(
+        "pairs",
+        "Interactions",
+        "Strengthened at the top, weakened at the bottom. qk: a query along the first and a key along the second; "
+        "vo and mlp: the first is read, the second is written.",
+        result.interactions,
+    )
+    yield _pairs(
+        "both-ways",
+        "Components both ways",
+        "What each component was most strengthened and most weakened with where its part changed most, first as what "
+        "queries or is read, then as the key or what is written.",
+        result.component_interactions,
+    )
     yield Table(
         anchor="components",
         title="Components",
@@ -297,6 +314,18 @@ def _tables(result: WeightsAnalysis) -> Iterable[Table]:
             (one.norm, str(one.layer), fmt.number(one.relative), fmt.number(one.scale, 4), fmt.number(one.angle))
             for one in sorted(result.norms, key=lambda one: -one.relative)[:MAX_ROWS]
         ),
+    )
+
+
+def _pairs(anchor: str, title: str, finding: str, pairs: Sequence[Interaction]) -> Table:
+    heads = ("first", "kind", "second", "kind", "part", ">layer", ">base", ">tuned", ">change", ">z", ">error")
+    rows = tuple(
+        (one.first, one.first_kind, one.second, one.second_kind, one.part, _layer(one.layer), fmt.number(one.base),
+         fmt.number(one.tuned), _signed(one.delta), _signed(one.z), fmt.number(one.z_error, 2))
+        for one in pairs[:MAX_ROWS]
+    )  # fmt: skip
+    return Table(
+        anchor=anchor, title=title, finding=finding, heads=heads, rows=rows, left_out=max(0, len(pairs) - MAX_ROWS)
     )
 
 

@@ -134,6 +134,29 @@ class RankedChange:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class DirectionProfile:
+    """One direction over the layers: mean and spread of its change, and the layer of its peak."""
+
+    rank: int
+    """Within the part and measure, by `mean_z`."""
+    measure: str
+    part: str
+    direction: str
+    kind: str
+    mean: float
+    """Of delta over the layers."""
+    std: float
+    """Over the layers; 0 for one layer."""
+    mean_z: float
+    """Mean over the layers of z, of |z| where the measure is of both models."""
+    peak_layer: int
+    """Where z (or |z|) is largest."""
+    peak: float
+    """delta there."""
+    peak_z: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Interaction:
     """One direction's effect on another one at one layer."""
 
@@ -276,6 +299,11 @@ class WeightsAnalysis:
     grids: tuple[WeightsGrid, ...] = field(repr=False)
     tests: tuple[GroupTest, ...]
     interactions: tuple[Interaction, ...]
+    profiles_of_directions: tuple[DirectionProfile, ...] = ()
+    """The first 50 of every focus measure, and of `excess` beside it."""
+    component_interactions: tuple[Interaction, ...] = ()
+    """Of each of the first ten principal components, at the layer where the part changed most: the three that it was
+    most strengthened with and the three that it was most weakened with, as the first and as the second."""
     heads: tuple[HeadChange, ...]
     components: tuple[RankedComponent, ...]
     variance_against_effect: tuple[tuple[str, str, float], ...]

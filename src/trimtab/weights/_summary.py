@@ -13,6 +13,7 @@ import numpy as np
 import polars as pl
 
 from trimtab.results.weights import (
+    DirectionProfile,
     FocusLayer,
     GroupTest,
     HeadChange,
@@ -29,6 +30,7 @@ from trimtab.results.weights import (
 )
 from trimtab.weights._means import Key, whole_measures
 from trimtab.weights._measures import FOCUS, describe
+from trimtab.weights._over_layers import as_interaction, component_interactions, direction_profiles
 from trimtab.weights._run import Settings
 from trimtab.weights._store import Store, layers_of
 from trimtab.weights.pair import Pair
@@ -70,6 +72,7 @@ def summarise(settings: Settings, store: Store, models: Pair) -> WeightsAnalysis
     kinds = [names.about[place].kind for place in found.own]
     tests = control_false_discoveries(list(_tests(found, kinds, settings.layers)))
     components, correlations = _components(found, settings)
+    focus = tuple(_focus(found, settings))
     matrices = [store.matrices(layer) for layer in settings.layers]
     keys = [key for key in found.grids if _shown(key)]
     return WeightsAnalysis(
@@ -90,12 +93,14 @@ def summarise(settings: Settings, store: Store, models: Pair) -> WeightsAnalysis
         directions=tuple(_direction(names.about[place]) for place in found.own),
         controls=_controls(settings),
         measures=tuple(describe(part, measure) for part, measure in dict.fromkeys(key[:2] for key in found.grids)),
-        focus=tuple(_focus(found, settings)),
+        focus=focus,
         rankings=_rankings(found),
         profiles=tuple(_profiles(found, keys, kinds)),
         grids=tuple(_grids(found, keys, settings.layers)),
         tests=tests,
         interactions=_interactions(found),
+        profiles_of_directions=tuple(_of_directions(found, settings)),
+        component_interactions=tuple(component_interactions(settings, store, focus)),
         heads=tuple(sorted(found.heads, key=lambda one: -abs(one.z))),
         components=components,
         variance_against_effect=correlations,
@@ -177,18 +182,7 @@ def _interactions(found: _Collected) -> tuple[Interaction, ...]:
     every = pl.concat(found.pairs).unique(maintain_order=True).sort("z", maintain_order=True)
     groups = every.group_by("part", pl.col("layer").is_null().alias("mean"), maintain_order=True)
     both = pl.concat([groups.head(TOP), groups.tail(TOP)], how="diagonal").unique(maintain_order=True)
-    return tuple(
-        Interaction(
-            part=row["part"],
-            layer=row["layer"],
-            first=row["direction"],
-            first_kind=row["kind"],
-            second=row["other"],
-            second_kind=row["other_kind"],
-            **{name: row[name] for name in ("base", "tuned", "delta", "z", "z_error")},
-        )
-        for row in both.sort("z", descending=True, maintain_order=True).iter_rows(named=True)
-    )
+    return tuple(map(as_interaction, both.sort("z", descending=True, maintain_order=True).iter_rows(named=True)))
 
 
 def _profiles(found: _Collected, keys: Iterable[Key], kinds: list[Any]) -> Iterable[LayerProfile]:
@@ -219,6 +213,13 @@ def _profiles(found: _Collected, keys: Iterable[Key], kinds: list[Any]) -> Itera
                     control_mean=float(controls.mean()),
                     control_std=float(controls.std(ddof=1)),
                 )
+
+
+def _of_directions(found: _Collected, settings: Settings) -> Iterable[DirectionProfile]:
+    own = [settings.directions.about[place] for place in found.own]
+    listed = FOCUS[settings.analysis]
+    beside = dict.fromkeys((part, "excess") for part, _ in listed)
+    return direction_profiles(found.grids, own, [*listed, *beside])
 
 
 def _focus(found: _Collected, settings: Settings) -> Iterable[FocusLayer]:

@@ -53,8 +53,8 @@ def measure_layer(context: Context) -> LayerPart:
     changes = _changes(context, before, after, 1)
     size = changes[0].scale
     cross = Cross(part=PART, delta=((after - before) @ units.T).float().cpu())
-    opposite = [_answers(math, -units) for math in (context.base, context.tuned)]
-    changes += _changes(context, *opposite, -1)
+    before, after = (_answers(math, -units) for math in (context.base, context.tuned))
+    changes += _changes(context, before, after, -1)
     rows = direction_rows(context.layer, changes, settings.directions, settings.reference, context.unit)
     pairs = pair_rows(
         context.layer, cross, settings.directions, settings.reference, context.unit, settings.pairs, scale=size

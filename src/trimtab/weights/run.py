@@ -9,6 +9,7 @@ import polars as pl
 
 from trimtab.errors import InputError
 from trimtab.results.weights import WeightsAnalysis
+from trimtab.weights._over_layers import every_pair
 from trimtab.weights._store import REPORT, Store
 
 
@@ -42,12 +43,20 @@ class WeightsRun:
         rows = self.store.scan()
         return (rows if controls else rows.filter(pl.col("kind") != "control")).collect()
 
-    def interactions(self, part: str, layer: int | None) -> pl.DataFrame:
-        """Return the interactions that were kept at one layer (None: in the mean over layers), the largest z first.
+    def interactions(self, part: str, layer: int | None, *, of: str | None = None) -> pl.DataFrame:
+        """Return interactions at one layer (None: in the mean over layers), the largest z first.
+
+        Args:
+            part: "qk", "vo" or "mlp".
+            layer: 0-based.
+            of: name of a direction, or kind and name as "role curious": all pairs that it is in, kept or not, as the
+                first and as the second. None: the pairs that were kept.
 
         Raises:
-            InputError: the layer or part was not measured.
+            InputError: the layer, part or direction was not measured.
         """
+        if of is not None:
+            return self._of_direction(part, layer, of)
         where = pl.col("layer").is_null() if layer is None else pl.col("layer") == layer
         found = self.store.scan().filter(where & (pl.col("part") == part) & pl.col("other").is_not_null()).collect()
         if not len(found):
@@ -56,6 +65,23 @@ class WeightsRun:
                 f"{', '.join(map(str, self.report.layers))}; the mean needs average_layers"
             )
         return found.sort("z", descending=True)
+
+    def _of_direction(self, part: str, layer: int | None, of: str) -> pl.DataFrame:
+        own = [one for one in self.store.settings.directions if one.kind != "control"]
+        named = [one for one in own if of in (one.name, one.label)]
+        rows = (
+            every_pair(self.store.settings, self.store, part, layer) if layer in (None, *self.report.layers) else None
+        )
+        if len(named) != 1 or rows is None:
+            known = ", ".join(one.label for one in own[:6])
+            raise InputError(
+                f"no interactions of {part!r} at layer {layer} with {of!r}: {len(named)} directions are called so, of "
+                f"{len(own)} ({known}{', ...' if len(own) > 6 else ''}); measured were layers "
+                f"{', '.join(map(str, self.report.layers))}"
+            )
+        ends = (("direction", "kind"), ("other", "other_kind"))
+        where = [(pl.col(name) == named[0].name) & (pl.col(kind) == named[0].kind) for name, kind in ends]
+        return rows.filter(where[0] | where[1]).sort("z", descending=True)
 
     def matrices(self) -> pl.DataFrame:
         """Return one row a matrix and layer: norms, cosine, leading singular values of the change, effective rank."""

@@ -51,7 +51,8 @@
   const place = () => data.layers.indexOf(state.layer);
   const view = () => data.views[state.view];
   const current = () => grid(state.view, state.quantity);
-  const name = (row) => data.directions[row].name;
+  const shared = new Set(data.directions.map((one) => one.name).filter((text, i, all) => all.indexOf(text) !== i));
+  const name = (row) => (shared.has(data.directions[row].name) ? `${data.directions[row].name} (${data.directions[row].kind})` : data.directions[row].name);
   const look = (kind) => ({ color: colour(`series-${Math.max(0, KINDS.indexOf(kind))}`), symbol: SYMBOLS[Math.max(0, KINDS.indexOf(kind))] });
   const unit = () => (state.quantity === "z" ? "z" : view().unit || QUANTITIES[state.quantity].toLowerCase());
 
@@ -247,7 +248,7 @@
     $("view-choice").append(...data.views.map((one, i) => element("option", { value: String(i), textContent: one.label, title: one.meaning })));
     $("layer-choice").append(...data.layers.map((layer) => element("option", { value: String(layer), textContent: String(layer) })));
     const alphabetical = data.directions.map((_, row) => row).sort((a, b) => data.directions[a].kind.localeCompare(data.directions[b].kind) || name(a).localeCompare(name(b), undefined, { numeric: true }));
-    $("direction-choice").append(...alphabetical.map((row) => element("option", { value: String(row), textContent: `${data.directions[row].kind} ${name(row)}` })));
+    $("direction-choice").append(...alphabetical.map((row) => element("option", { value: String(row), textContent: `${data.directions[row].kind} ${data.directions[row].name}` })));
     $("view-choice").addEventListener("change", (event) => choose({ view: Number(event.target.value) }));
     $("layer-choice").addEventListener("change", (event) => choose({ layer: Number(event.target.value) }));
     $("direction-choice").addEventListener("change", (event) => choose({ direction: Number(event.target.value) }));
