@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import sys
+import unittest.mock
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from trimtab.sae import fast
 from trimtab.sae.config import OptimConfig, SAEConfig
 from trimtab.sae.data import Stream, StreamConfig, SyntheticSource
 from trimtab.sae.learner import Learner
@@ -24,6 +26,7 @@ from trimtab.sae.train import Plan, TrainConfig, train_stream
 STEPS = 20
 KINDS: dict[str, dict[str, Any]] = {
     "jumprelu": {"pre_act_coefficient": 1e-3},
+    "jumprelu-step": {},
     "topk": {"k": 4, "dead_tokens": 300},
     "batchtopk": {"k": 4, "dead_tokens": 300},
     "gated": {},
@@ -34,7 +37,8 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def plan(kind: str, *, low: bool = False, scaled: bool = False) -> Plan:
-    config = SAEConfig(architecture=kind, d_in=16, d_sae=50, **KINDS[kind])  # type: ignore[arg-type]
+    architecture = kind.removesuffix("-step")
+    config = SAEConfig(architecture=architecture, d_in=16, d_sae=50, **KINDS[kind])  # type: ignore[arg-type]
     optim = OptimConfig(lr=3e-3, warmup=4, clip=0.5, beta1=0.9 if kind == "gated" else 0.0)
     optim = replace(optim, target_l0=5.0) if kind == "jumprelu" else optim
     precision = Precision(torch.float32, torch.bfloat16) if low else Precision()
@@ -106,6 +110,21 @@ def gathered(parallel: Parallel) -> dict[str, str]:
         return {name: f"{tuple(one.shape)} {one.dtype}" for name, one in weights.parameters.items()}
 
 
+def fast_paths(parallel: Parallel) -> dict[str, int]:
+    """Return, by kind, how many of two steps of this process take the compiled passes of a CPU."""
+    taken = {}
+    for kind, dead in (("jumprelu", 10**7), ("topk", 10**7), ("topk", 1), ("batchtopk", 10**7)):
+        k = None if kind == "jumprelu" else 4
+        config = SAEConfig(architecture=kind, d_in=16, d_sae=50, k=k, dead_tokens=dead)  # type: ignore[arg-type]
+        learner = Learner(config, split=parallel.split)
+        x = torch.randn(32, 16, generator=torch.Generator().manual_seed(0))
+        with unittest.mock.patch.object(fast, "differentiate", wraps=fast.differentiate) as passes:
+            parallel.step(learner, x, None)
+            parallel.step(learner, x, None)
+        taken[f"{kind} {dead}"] = passes.call_count
+    return taken
+
+
 def same_state(parallel: Parallel, file: Path) -> dict[str, bool]:
     """Return, by tensor, whether a checkpoint's state has the same bits after it was taken over and given again."""
     made = plan("jumprelu")
@@ -137,6 +156,8 @@ def look(folder: Path, job: dict[str, Any]) -> None:
     for name in job["states"]:
         file = max((folder / name / "checkpoints").glob("*.safetensors"))
         found[f"state of {name}"] = same_state(parallel, file)
+    if not job["shard"]:
+        found["fast"] = fast_paths(parallel)
     (folder / f"{job['name']}-{os.environ['RANK']}.json").write_text(json.dumps(found))
 
 

@@ -81,7 +81,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FEW = ("jumprelu", "topk", "batchtopk", "matryoshka-jumprelu")
+FEW = ("jumprelu", "jumprelu-step", "topk", "batchtopk", "matryoshka-jumprelu")
 SHARDED = ("jumprelu", "topk", "batchtopk")
 
 
@@ -139,6 +139,12 @@ def test_a_run_goes_on_with_its_processes_arranged_otherwise(alone: Path, two: P
     found, expected = lines(two / "resumed"), lines(alone / "jumprelu")
     for one, wanted in zip(found, expected, strict=True):
         assert one.recon == pytest.approx(wanted.recon, rel=FIGURES), one.step
+
+
+def test_processes_that_share_tokens_alone_take_the_compiled_passes_where_rows_do_not_meet(two: Path) -> None:
+    """BatchTopK and dead latents look at the whole batch; at the first step no latent is dead."""
+    taken = {"jumprelu 10000000": 2, "topk 10000000": 2, "topk 1": 1, "batchtopk 10000000": 0}
+    assert [one["fast"] for one in seen(two, "replicated")] == [taken, taken]
 
 
 @pytest.mark.parametrize("kind", SHARDED)

@@ -67,8 +67,17 @@ def fits(scene: Scene) -> bool:
     known = config.architecture in ("topk", "batchtopk") or (
         config.architecture == "jumprelu" and config.penalty == "step" and not config.pre_act_coefficient
     )
-    plain = scene.split is None and scene.watch is None and scene.x.device.type == "cpu"
-    return known and plain and scene.precision.compute != torch.float16
+    plain = scene.watch is None and scene.x.device.type == "cpu" and scene.precision.compute != torch.float16
+    return known and plain and _by_row(scene)
+
+
+def _by_row(scene: Scene) -> bool:
+    """Whether the loss is a mean over rows that are here with all latents; then their gradients are means too."""
+    if scene.split is None:
+        return True
+    start, stop, _ = scene.split.own(scene.config.d_sae).indices(scene.config.d_sae)
+    waiting = scene.dead is not None and bool(scene.dead.any())  # they learn from the mean over the whole batch
+    return (start, stop) == (0, scene.config.d_sae) and scene.config.architecture != "batchtopk" and not waiting
 
 
 def differentiate(scene: Scene) -> Gradients:
