@@ -96,6 +96,8 @@ def test_one_choice_drives_all_figures(browser: Browser, pages: dict[str, str]) 
         assert third["heat"] != fourth["heat"] and third["profile"] != fourth["profile"]
         page.select_option("#direction-choice", label="role d3")
         fifth = page.evaluate(read)
+        drawn = page.locator("#heat-plot").text_content() or ""
+        assert "d3 (role)" in drawn and "d3 (trait)" in drawn and "PC1 (pc)" not in drawn  # one name, two directions
         assert fourth["profile"] != fifth["profile"] and fourth["scatter"] != fifth["scatter"]
         # A click on the heat map chooses a layer and a direction.
         page.locator("#heat-plot").scroll_into_view_if_needed()

@@ -25,6 +25,7 @@ PACKAGES = (
     "report",
     "results",
     "sae",
+    "weights",
 )
 
 
