@@ -84,16 +84,18 @@ def score(
             raise InputError(f"two scorers are called {max(names, key=names.count)!r}; give each once")
         outputs = _outputs(files, rows, texts, opened)
         marks: dict[str, list[Mark]] = {}
-        with progress("score", len(made)) as bar:
+        found: tuple[SideEffects, ...] = ()
+        problems: tuple[str, ...] = ()
+        with progress("score", len(made) + 1) as bar:
             for one in made:
                 bar.describe(one.name)
                 marks[one.name] = _marked(one, outputs)
                 bar.advance()
-        measured = measure(rows, files, opened() if effects else None)
-        found: tuple[SideEffects, ...] = ()
-        problems: tuple[str, ...] = ()
-        if effects:
-            found, problems = side_effects(files, rows, measured, opened(), retention)
+            bar.describe("side effects")
+            measured = measure(rows, files, opened() if effects else None)
+            if effects:
+                found, problems = side_effects(files, rows, measured, opened(), retention)
+            bar.advance()
     result = _evaluation(files, rows, marks, measured, found, budget=budget, seed=seed, made=made, problems=problems)
     _write(files, rows, texts, marks, measured, result)
     return result

@@ -82,7 +82,7 @@ class SideEffects:
     perplexity: float
     """Median over outputs, of the continuation under the unsteered model; NaN when it was not measured."""
     perplexity_ratio: float
-    """Median over outputs of perplexity over the median of the unsteered outputs to the same prompt; NaN likewise."""
+    """`perplexity` over that of the unsteered outputs; NaN likewise."""
     distinct_1: float
     """Different tokens over tokens, mean over outputs."""
     distinct_2: float

@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from trimtab._base import jsonio
 from trimtab._base.optional import require
+from trimtab._base.progress import progress
 from trimtab.errors import BackendError, InputError
 from trimtab.evaluate.scorers.base import Mark, Output
 
@@ -133,11 +134,16 @@ class Judge:
         random.Random(self.config.seed).shuffle(order)
         self._silent = 0
         marks: dict[int, Mark] = {}
-        with self._cache() as cache, ThreadPoolExecutor(self.config.workers) as pool:
+        with (
+            progress(f"ask {self.config.model}", len(outputs)) as bar,
+            self._cache() as cache,
+            ThreadPoolExecutor(self.config.workers) as pool,
+        ):
             asked = {index: pool.submit(self._mark, outputs[index], cache) for index in order}
             try:
                 for index, future in asked.items():
                     marks[index] = future.result()
+                    bar.advance()
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 from torch import nn
 
+from trimtab._base import progress as bars
 from trimtab._base import provenance
 from trimtab._base.files import atomic_write_text
-from trimtab._base.progress import SILENT, Progress
 from trimtab.backends import open_backend
 from trimtab.errors import InputError
 from trimtab.results import to_json
@@ -22,7 +22,7 @@ from trimtab.results.vectors import ExtractionReport, SiteEvidence
 from trimtab.sites import Site
 from trimtab.steering import SteeringVector
 from trimtab.vectors.data import ContrastData, Encoder, Pool, load, split_fractions
-from trimtab.vectors.extract.effect import steering_effects
+from trimtab.vectors.extract.effect import num_texts
 from trimtab.vectors.extract.methods import METHODS, Method
 from trimtab.vectors.extract.run import Run
 from trimtab.vectors.extract.sae import SAE
@@ -63,8 +63,7 @@ class Extraction:
             InputError: the directory holds an extraction already.
         """
         target = Path(directory)
-        if (target / "extraction.json").exists():
-            raise InputError(f"{target} holds an extraction already; give another directory, or delete it")
+        _require_free(target)
         for folder, vectors in {
             "": self.vectors,
             **{f"controls/{kind}": one for kind, one in self.controls.items()},
@@ -96,7 +95,7 @@ def extract(
     positive: str = "pos",
     negative: str = "neg",
     seed: int = 0,
-    progress: Progress = SILENT,
+    progress: bars.Progress | None = None,
 ) -> Extraction:
     """Make a steering vector at every site from contrast data, and say what each separates.
 
@@ -119,7 +118,7 @@ def extract(
         positive: label that vectors point towards, when `data` is yet to be read.
         negative: label that they point away from, likewise.
         seed: of the split and the controls.
-        progress: told of each finished example.
+        progress: told of each finished example; None shows a bar on a terminal.
 
     Returns:
         Vectors, controls and evidence. All vectors have the length of the labels' distance along them.
@@ -132,32 +131,34 @@ def extract(
     chosen = _method(method, sae)
     if choose not in get_args(Choice):
         raise InputError(f"choose is {choose!r}; one of {', '.join(get_args(Choice))} was expected")
+    if out is not None:
+        _require_free(Path(out))
     everything = load(data, positive=positive, negative=negative).contrast()
     everything.require_contrast()
     train, held_out = _parts(everything, validation, seed, positive, negative)
     _require_enough(train, method, chosen)
+    tried = held_out if choose == "steering" else None
     with _opened(model, dtype, device) as backend, ExitStack() as stack:
         stream = Stream(backend, sites, batch_size=batch_size)
         stack.enter_context(quiet(stream.model))
+        if progress is None:
+            progress = stack.enter_context(
+                bars.progress(f"extract {everything.name}", _steps(train, held_out, tried, stream))
+            )
         encoder = Encoder(tokenizer=backend.tokenizer, pool=pool, max_length=max_length)
         run = Run(stream, encoder, chosen, sae, num_controls, seed, progress)
         began = time.perf_counter()
         count = run.learn(train)
         seconds = time.perf_counter() - began
         readings, held_count = run.judge(held_out) if held_out is not None else ({}, None)
+        effects, why = run.effects(tried) if tried is not None else ({}, "")
+        evidence = run.evidence(readings, effects)
         recipe = {"method": method, "pool": pool, "positive": train.positive, "negative": train.negative, "seed": seed}
         about = {
             "model_digest": backend.info.weights_digest,
             "data_hash": train.digest,
             "provenance": provenance.collect(model=backend.model_id, data=train.name, model_dtype=backend.info.dtype),
         }
-        evidence = run.evidence(readings)
-        vectors = run.vectors(evidence, recipe, about)
-        effects: Mapping[Site, float] = {}
-        why = ""
-        if choose == "steering" and held_out is not None:
-            effects, why = steering_effects(backend, vectors, held_out, encoder)
-        evidence = {site: replace(one, effect=effects.get(site)) for site, one in evidence.items()}
         best, chosen_by = _best(evidence)
         report = ExtractionReport(
             model=backend.model_id,
@@ -175,8 +176,20 @@ def extract(
             pass_seconds=seconds,
             notes=(*run.notes(), *([f"{why}; the site was chosen by auc"] if why else [])),
         )
-    extraction = Extraction(vectors=vectors, controls=run.controls(recipe, about), report=report)
+        vectors, controls = run.vectors(evidence, recipe, about), run.controls(recipe, about)
+    extraction = Extraction(vectors=vectors, controls=controls, report=report)
     return extraction if out is None else extraction.save(out)
+
+
+def _require_free(directory: Path) -> None:
+    if (directory / "extraction.json").exists():
+        raise InputError(f"{directory} holds an extraction already; give another directory, or delete it")
+
+
+def _steps(train: ContrastData, held_out: ContrastData | None, tried: ContrastData | None, stream: Stream) -> int:
+    """Examples that run through the model, those that are steered once a site."""
+    read = len(train.examples) + (0 if held_out is None else len(held_out.examples))
+    return read + (0 if tried is None else num_texts(tried) * len(stream.sites))
 
 
 def _method(name: str, sae: Any) -> Method:

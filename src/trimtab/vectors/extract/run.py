@@ -16,11 +16,15 @@ from trimtab.sites import Site
 from trimtab.steering import SteeringVector
 from trimtab.vectors.data import ContrastData, Encoded, Encoder
 from trimtab.vectors.extract import controls as control_vectors
+from trimtab.vectors.extract.effect import steering_effects
 from trimtab.vectors.extract.evidence import Reading, read
 from trimtab.vectors.extract.methods import Method, scaled
 from trimtab.vectors.extract.sae import Latents
 from trimtab.vectors.extract.stream import Pooled, Stream
 from trimtab.vectors.extract.sums import Sketches, Sums
+
+_RECIPE = ("effect", "auc", "accuracy", "separation", "random_auc", "covariance_auc", "shuffled_auc", "note")
+"""The evidence that stands in the vector's file."""
 
 
 class Run:
@@ -116,7 +120,12 @@ class Run:
         }
         return readings, _count(data, encoded)
 
-    def evidence(self, readings: Mapping[Site, Reading]) -> dict[Site, SiteEvidence]:
+    def effects(self, data: ContrastData) -> tuple[dict[Site, float], str]:
+        """What adding every direction does to held-out examples, and why that is not known where it is not."""
+        units = {site: one.unit for site, one in self.found.items()}
+        return steering_effects(self.stream.backend, units, data, self.encoder, self.progress)
+
+    def evidence(self, readings: Mapping[Site, Reading], effects: Mapping[Site, float]) -> dict[Site, SiteEvidence]:
         """What is known of every site."""
         found = {}
         for place, (site, one) in enumerate(self.found.items()):
@@ -127,6 +136,7 @@ class Run:
                 median_norm=self.norms.quantiles(place, (0.5,))[0],
                 cosine_to_mean_difference=one.cosine,
                 note=one.note,
+                effect=effects.get(site),
                 **({} if held is None else held._asdict()),
             )
         return found
@@ -137,10 +147,7 @@ class Run:
         """The vectors, with their evidence in their recipe."""
         vectors = {}
         for place, (site, one) in enumerate(self.found.items()):
-            seen = {
-                name: getattr(evidence[site], name)
-                for name in ("auc", "accuracy", "separation", "random_auc", "covariance_auc", "shuffled_auc", "note")
-            }
+            seen = {name: getattr(evidence[site], name) for name in _RECIPE}
             known = dict(zip(QUANTILES, self.projections.quantiles(place, QUANTILES), strict=True))
             vectors[site] = SteeringVector.of(
                 one.vector,

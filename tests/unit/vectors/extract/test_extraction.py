@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -173,8 +174,34 @@ def test_files_and_report_round_trip(backend: Any, animal: ContrastData, tmp_pat
     assert SteeringVector.load(tmp_path / "v" / "controls" / "shuffled" / "layers.3.resid_post.safetensors").norm > 0
     assert from_json(ExtractionReport, (tmp_path / "v" / "extraction.json").read_text()) == found.report
     assert json.loads(to_json(found.report))["kind"] == "extraction"
-    with pytest.raises(InputError, match="holds an extraction already"):
-        extract(backend, animal, out=tmp_path / "v")
+    (evidence,) = [one for one in found.report.sites if one.site == str(SITE)]
+    assert read.recipe["evidence"]["effect"] == evidence.effect and read.recipe["evidence"]["auc"] == evidence.auc
+    with pytest.raises(InputError, match="holds an extraction already"):  # before the model is opened
+        extract("no-such-model", animal, out=tmp_path / "v")
+
+
+@pytest.mark.parametrize("choose", ["steering", "auc"])
+def test_every_pass_counts_towards_what_was_announced(
+    backend: Any, animal: ContrastData, choose: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[str, float]] = []
+    done: list[float] = []
+
+    class Counting:
+        def advance(self, steps: float = 1) -> None:
+            done.append(steps)
+
+        def describe(self, text: str) -> None: ...
+
+    @contextmanager
+    def bar(description: str, total: float) -> Iterator[Counting]:
+        told.append((description, total))
+        yield Counting()
+
+    monkeypatch.setattr("trimtab._base.progress.progress", bar)
+    extract(backend, animal, sites="layers.1-2.resid_post", num_controls=0, choose=choose)
+    assert told == [(f"extract {animal.name}", 48 + (2 * 12 if choose == "steering" else 0))]
+    assert sum(done) == told[0][1] and len(done) > 2
 
 
 def shares(backend: Any, attribute: str, steerings: list[Steering | None], prompts: int) -> list[float]:
