@@ -10,36 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.unit.every_family import pytest_generate_tests  # noqa: F401
 from trimtab import architectures, hooks
 from trimtab.architectures import ModelMap
 from trimtab.sites import Site
 from trimtab.testing.models import tiny
-
-TABLE = (
-    "llama",
-    "llama4",
-    "llama4_multimodal",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gemma3_multimodal",
-    "phi3",
-    "olmo2",
-    "gpt2",
-    "gpt_neox",
-    "gpt_neox_sequential",
-)
 
 
 @functools.cache
@@ -79,11 +54,3 @@ def _capture(
 def tools() -> SimpleNamespace:
     """`built(family, dtype)`, `probed(family, dtype)`, `tokens()`, `capture(model, map, sites)`."""
     return SimpleNamespace(built=_built, probed=_probed, tokens=_tokens, capture=_capture)
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `family` runs for every family of the table."""
-    if "family" in metafunc.fixturenames and not any(
-        "family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")
-    ):
-        metafunc.parametrize("family", TABLE)

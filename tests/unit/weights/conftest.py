@@ -9,33 +9,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from tests.unit.every_family import pytest_generate_tests  # noqa: F401
 from trimtab.testing.models import tiny
-
-FAMILIES = (
-    "llama",
-    "llama4",
-    "llama4_multimodal",
-    "mistral",
-    "mixtral",
-    "qwen2",
-    "qwen2_moe",
-    "qwen3",
-    "qwen3_moe",
-    "qwen3_next",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gemma3_multimodal",
-    "phi3",
-    "olmo2",
-    "gpt2",
-    "gpt_neox",
-    "gpt_neox_sequential",
-)
 
 
 @pytest.fixture(scope="session")
@@ -56,10 +31,3 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[nn.Mo
         return build(family), folder
 
     return save
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test that takes `family` runs for every known family."""
-    marked = any("family" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
-    if "family" in metafunc.fixturenames and not marked:
-        metafunc.parametrize("family", FAMILIES)
