@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from trimtab.backends.vllm.asynchronous import AsyncClient, attach_async
 from trimtab.backends.vllm.backend import VLLMBackend
-from trimtab.backends.vllm.client import CapturedRows, Client, Info, OpReport, Report, attach
+from trimtab.backends.vllm.client import CapturedRows, Client, Info, Report, attach
+from trimtab.backends.vllm.counts import OpReport
 
 __all__ = [
     "AsyncClient",

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from trimtab.backends.vllm import wire
+from trimtab.backends.vllm.counts import NOTHING, Names
 from trimtab.errors import TrimtabError
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 
 DOCUMENT = "trimtab"
 """Key of the JSON document in the metadata of a collected file."""
+COUNTS = "counts"
+"""Its tensor of what ops did, int64 [ops of every result, 4]; see counts.py."""
 
 
 def answer(worker: SteeredWorker, verb: str, payload: bytes) -> bytes:
@@ -80,12 +85,14 @@ def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
     found = worker.state.collect(wire.from_bytes(payload)["labels"])
     replicated = worker.tp_rank == 0
     columns = worker.state.tap_of
-    ops: dict[tuple[str, str], int] = {}
-    places: dict[int, tuple[int, list[int]]] = {}
+    ops: dict[Names, int] = {}
+    places: dict[int, tuple[int, list[tuple[int, int]]]] = {}
     results = []
     for lefts in found.values():
         for left in lefts:
             results.append(_result(left, tensors, columns, replicated, ops, places))
+    counts = [left.doses.values for lefts in found.values() for left in lefts]
+    tensors[COUNTS] = torch.from_numpy(np.concatenate([NOTHING.values, *counts]))
     document = {
         "results": results,
         "ops": list(ops),
@@ -103,15 +110,15 @@ def _result(
     tensors: dict[str, Tensor],
     columns: dict[Any, Any],
     replicated: bool,
-    ops: dict[tuple[str, str], int],
-    places: dict[int, tuple[int, list[int]]],
+    ops: dict[Names, int],
+    places: dict[int, tuple[int, list[tuple[int, int]]]],
 ) -> dict[str, Any]:
     """Say what one request left; ops and positions are named by their numbers in the document's lists."""
     captured, full = [], []
 
     def place(positions: Tensor) -> int:
         if id(positions) not in places:
-            places[id(positions)] = (len(places), positions.tolist())
+            places[id(positions)] = (len(places), wire.runs(positions.tolist()))
         return places[id(positions)][0]
 
     for (site, edit), (rows, positions) in left.captured.items():
@@ -144,10 +151,7 @@ def _result(
         "cached": left.cached,
         "problems": left.problems,
         "reduce": left.reduce,
-        "doses": [
-            (ops.setdefault((one.site, one.op), len(ops)), one.rows, one.clamped, one.nonfinite, one.selected)
-            for one in left.doses
-        ],
+        "ops": ops.setdefault(left.doses.names, len(ops)),
         "captured": captured,
         "full": full,
     }

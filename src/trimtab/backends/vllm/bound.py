@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from trimtab.backends.vllm.counts import Counted
 from trimtab.backends.vllm.wire import RequestData
 from trimtab.sites import Site
 from trimtab.steering import Constant, Gain, Positions
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 Key = tuple[Positions, Gain]
-SiteOps = tuple[Site, str, tuple[tuple[str, int, bool], ...]]
-"""A site, its name, and per op there: its name, the column of its gain, whether its clamped rows are counted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +111,7 @@ class Bound:
     edits: tuple[str, ...] = ()
     special: tuple[Site, ...] = ()
     """Sites where an op of its steering runs outside the banks."""
-    counted_ops: tuple[SiteOps, ...] = ()
+    counted_ops: Counted | None = None
     """Its ops that are counted in this worker."""
     keys: dict[str, int] = field(default_factory=dict)
     """Column of the gain table of each pair of positions and gain."""

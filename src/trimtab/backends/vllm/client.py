@@ -8,15 +8,18 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from itertools import chain
+from typing import Any, Literal
 
+import numpy as np
 import safetensors.torch
 from torch import Tensor
 
 from trimtab import errors
 from trimtab.backends.vllm import wire
-from trimtab.backends.vllm.answers import DOCUMENT
+from trimtab.backends.vllm.answers import COUNTS, DOCUMENT
 from trimtab.backends.vllm.config import KEY, REMEDY, asked
+from trimtab.backends.vllm.counts import NOTHING, Ints, Names, OpReport, OpReports
 from trimtab.backends.vllm.liveness import end_waits_when_dead
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind
@@ -29,21 +32,6 @@ MAX_REGISTERED = 1024
 """Steerings that the client keeps registered at once."""
 _FRESH = frozenset({"generated", "response", "last_prompt"})
 """Selections whose rows are computed whatever the prefix cache holds."""
-
-
-class OpReport(NamedTuple):
-    """What one op did in one request."""
-
-    site: str
-    op: str
-    rows: int
-    """Rows that it changed, counted where it ran."""
-    clamped: int | None
-    """Rows where a bound was active; None where that is not counted."""
-    nonfinite: int
-    """Rows that it made non-finite, clamped to the largest finite value."""
-    selected: int | None
-    """Rows that its positions select among those computed; None where tokens decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +64,7 @@ class Report:
     """Rows of the prompt that came from the prefix cache."""
     problems: tuple[str, ...] = ()
     """Why ops did not act where they should have; empty when all is well."""
-    ops: tuple[OpReport, ...] = ()
+    ops: Sequence[OpReport] = NOTHING
     captured: tuple[CapturedRows, ...] = ()
     full: Mapping[tuple[str, int], tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     """(site, op number) -> positions and [m, 5]: p_before, p_after, cap_delta, clamped, ratio."""
@@ -308,9 +296,13 @@ class Client:
         ranks = Counter(document["engine"] for document, _ in answers)
         merged: dict[tuple[str, str], _Merge] = {}
         for document, tensors in answers:
+            counts, row = tensors[COUNTS].numpy(), 0
             for result in document["results"]:
+                names = document["ops"][result["ops"]]
                 merge = merged.setdefault((result["label"], result["req"]), _Merge(result))
                 merge.add(result, document, tensors, self.info.widths)
+                merge.count(names, counts[row : row + len(names)])
+                row += len(names)
         partial = {label for (label, _), merge in merged.items() if merge.lacks(ranks)}
         for (label, _), merge in sorted(merged.items()):
             if label not in partial:
@@ -366,7 +358,8 @@ class Client:
                 _raise(wire.from_bytes(data))
             size = int.from_bytes(data[:8], "little")
             document = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][DOCUMENT])
-            document["positions"] = [tuple(one) for one in document["positions"]]
+            document["ops"] = [tuple((site, op) for site, op in one) for one in document["ops"]]
+            document["positions"] = [wire.positions_of(one) for one in document["positions"]]
             found.append((document, safetensors.torch.load(data)))
         return found
 
@@ -378,7 +371,7 @@ class _Merge:
         self._first = result
         self._ranks: Counter[int] = Counter()
         self._problems: dict[str, None] = {}
-        self._ops: dict[tuple[str, str], OpReport] = {}
+        self._ops: dict[Names, Ints] = {}
         self._captured: dict[tuple[str, str], CapturedRows] = {}
         self._full: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
 
@@ -388,11 +381,6 @@ class _Merge:
         """Take what one worker holds; replicated ranks agree, and the first one is kept."""
         self._problems |= dict.fromkeys(result["problems"])
         self._ranks[document["engine"]] += 1
-        names = document["ops"]
-        for number, rows, clamped, nonfinite, selected in result["doses"]:
-            site, op = names[number]
-            if (site, op) not in self._ops:
-                self._ops[site, op] = OpReport(site, op, rows, clamped, nonfinite, selected)
         for one in result["full"]:
             where = document["positions"][one["positions"]]
             for (site_text, number), values in zip(one["ops"], tensors[one["key"]].unbind(), strict=True):
@@ -417,6 +405,11 @@ class _Merge:
             if one["offset"] is not None or key not in self._captured:
                 self._captured[key] = place
 
+    def count(self, names: Names, values: Ints) -> None:
+        """Take what the ops of one worker did: other stages hold other sites, other ranks count the same."""
+        if names:
+            self._ops.setdefault(names, values)
+
     def lacks(self, ranks: Mapping[int, int]) -> bool:
         """Whether some workers of an engine have nothing of a request that others of it have."""
         return any(ranks[engine] != count for engine, count in self._ranks.items())
@@ -439,7 +432,7 @@ class _Merge:
             first["rows"],
             first["cached"],
             tuple(self._problems),
-            tuple(self._ops.values()),
+            OpReports(tuple(chain.from_iterable(self._ops)), np.concatenate([NOTHING.values, *self._ops.values()])),
             tuple(self._captured.values()),
             self._full,
         )

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from trimtab.steering import SiteProgram
     from trimtab.steering.dose import Detail, OpDose
 
+_AFTER = {"none": 0, "set": 1, "add": 2}
+
 
 class LiveStage:
     """One site of a tap: its state is the tensor itself, or the residual stream plus the tensor.
@@ -113,7 +115,7 @@ class LiveTap:
         tap: where it sits.
         stages: its sites, in order.
         step: the tables of the pass.
-        residual: the stream, when this tap's tensor is added to it or begins it.
+        residual: the stream, where the model's is followed.
         recorder: where recorded rows go.
         doses: where full doses go.
     """
@@ -130,7 +132,7 @@ class LiveTap:
         self.tap = tap
         self._stages = tuple(stages)
         self._step = step
-        self._residual = residual if tap.after != "none" else None
+        self._stream = residual
         self._recorder = recorder
         self._doses = doses
         self._number, self._own = step.join(stage.site for stage in stages)
@@ -146,8 +148,9 @@ class LiveTap:
         if kernel is None or step.device.type != "cpu":
             return
         handles = [number for stage in self._stages for number in stage.handles(step.rows, self._doses)]
-        tables, place = [step.control, self._own, step.rows.binding], [self._number, *columns]
-        kernel.enroll(name, handles, tables, self._residual, place, self.tap.after == "add")
+        tables, place = [step.control, self._own, step.rows.binding], [self._number, *columns, _AFTER[self.tap.after]]
+        kernel.enroll(name, handles, tables, self._stream, place)
+        step.native = True
         weakref.finalize(self, kernel.leave, name)
 
     def __call__(self, x: Tensor) -> None:
@@ -166,8 +169,8 @@ class LiveTap:
         seen = x if self.tap.columns is None else x[:, self.tap.columns[0] : self.tap.columns[1]]
         for stage in self._stages:
             stage(seen, step, self._recorder, self._doses)
-        if self._residual is not None and self.tap.after != "none":
-            update_residual_(self._residual, x, step.rows, self.tap.after)
+        if self._stream is not None and self.tap.after != "none":
+            update_residual_(self._stream, x, step.rows, self.tap.after)
 
 
 def stages_of(tap: Tap, banks: Mapping[Site, SiteBank], residual: Tensor | None) -> list[LiveStage]:

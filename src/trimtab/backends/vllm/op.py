@@ -2,13 +2,15 @@
 
 torch.compile keeps stock's fusions around it, because it reads and writes only a tensor that stock stores anyway; what
 it does is looked up by the name of the tap when it runs. Without rows to change or record it returns at once. On the
-CPU, where the kernel could be built, `site_` runs in it, and `live_` is how it asks for Python.
+CPU, where the kernel could be built, `site_` runs in it, and `live_` is how it asks for Python. Compiled for the CPU,
+a graph calls it only while some pass of the process has something to do.
 """
 
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -42,6 +44,33 @@ _library.impl("site_", _site, "CompositeExplicitAutograd")  # type: ignore[no-un
 _library.impl("site_", lambda x, tap: None, "Meta")  # type: ignore[no-untyped-call]
 
 site_ = torch.ops.trimtab.site_.default
+call = getattr(site_, "_op", site_)
+"""The same without the Python call around it."""
+passes: dict[int, None] = {}
+"""Tables (`Step`) whose pass runs and has something to do, by identity."""
+CALLED = "while passes"
+"""How compiled graphs call the operator; a part of what names them in caches."""
+
+
+def _guarded(node: Any, writeline: Callable[[str], None]) -> None:
+    """Write the operator's call into what torch.compile makes: in Python code that runs at every step."""
+    from torch._inductor.virtualized import V
+
+    arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
+    if node.inputs[0].get_device().type != "cpu":
+        writeline(f"torch.ops.trimtab.site_.default({arguments})")
+        return
+    V.graph.wrapper_code.add_import_once(f"from {__name__} import call as trimtab_site, passes as trimtab_passes")
+    writeline(f"if trimtab_passes: trimtab_site({arguments})")
+
+
+def guard() -> None:
+    """Have graphs compiled from now on skip the operator while nothing is to be done; once per process is enough."""
+    try:
+        from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
+    except ImportError:  # another torch: the operator is called, and finds out by itself
+        return
+    CUSTOM_EXTERN_KERNEL_CODEGEN["torch.ops.trimtab.site_.default"] = CustomCodegen(python=_guarded)
 
 
 def enroll(name: str, live: Live) -> str:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from trimtab._base.log import get_logger
 from trimtab.backends.vllm.bank import SiteBank
-from trimtab.backends.vllm.bound import Bound, GainTable, Key, SiteOps
+from trimtab.backends.vllm.bound import Bound, GainTable, Key
 from trimtab.backends.vllm.captured import Recorder
 from trimtab.backends.vllm.config import PluginConfig
+from trimtab.backends.vllm.counts import NOTHING, Counted, OpReports
 from trimtab.backends.vllm.doses import DoseRecorder, Doses
-from trimtab.backends.vllm.kernels import native
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind, Reduction
 from trimtab.backends.vllm.slots import Slots
 from trimtab.backends.vllm.step import Step
@@ -38,17 +38,6 @@ MAX_TABLES = 16
 """Tables of gains that a steering keeps for requests to come."""
 
 
-class OpCount(NamedTuple):
-    """What one op did in one request, as its worker counted it."""
-
-    site: str
-    op: str
-    rows: int
-    clamped: int | None
-    nonfinite: int
-    selected: int | None
-
-
 @dataclass(slots=True)
 class Left:
     """What a finished request leaves until it is collected."""
@@ -63,7 +52,7 @@ class Left:
     """Why ops did not act where they should have."""
     reduce: Kind = ""
     """What `captured` holds; "": rows."""
-    doses: list[OpCount] = field(default_factory=list)
+    doses: OpReports = NOTHING
     captured: dict[tuple[Site, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     full: list[Doses] = field(default_factory=list)
 
@@ -76,7 +65,7 @@ class _Known:
     pairs: tuple[Key, ...]
     """Positions and gain of each key."""
     special: tuple[Site, ...]
-    counted: tuple[SiteOps, ...]
+    counted: Counted
     """Its ops at the sites that this worker holds."""
     tables: dict[tuple[int, int], GainTable] = field(default_factory=dict)
     """Gains by the lengths of prompt and sequence, where tokens do not matter."""
@@ -233,8 +222,8 @@ class WorkerState:
                     "ops_per_site where the engine is started"
                 )
         pairs = {step.key: (step.positions, step.gain) for site in program.values() for step in site.steps}
-        counted = tuple(
-            (site, str(site), tuple((step.name, keys[step.key], SiteBank.supports(step.op)) for step in steps.steps))
+        counted = Counted(
+            (self._bank_of[site], site, [(one.name, keys[one.key], SiteBank.supports(one.op)) for one in steps.steps])
             for site, steps in program.items()
             if site in self.banks  # another pipeline stage holds the other layers
         )
@@ -288,13 +277,14 @@ class WorkerState:
     def _embed(self, token_ids: Tensor | None, embeds: Tensor | None) -> None:
         assert self.residual is not None
         assert self.embed is not None
-        count, kernel = self.step.rows.n, native()
+        step, count = self.step, self.step.rows.n
         if embeds is None and token_ids is not None:
-            if self.table is not None and kernel is not None and self.residual.device.type == "cpu":
-                kernel.embed_(self.residual, self.table(), token_ids, count)
+            if self.table is not None and step.native:
+                step.embed(token_ids, self.table())
                 return
             embeds = self.embed(token_ids[:count])
         assert embeds is not None
+        step.embed(None, None)
         self.residual[:count].copy_(embeds[:count])
 
     def end(self) -> None:
@@ -332,7 +322,7 @@ class WorkerState:
         one.number, one.shadow = self._numbers.pop(), self._numbers.pop()  # now that nothing can fail
         for number in (one.number, one.shadow):
             self.step.slot_of(number, one.slot)
-        if one.counted_ops:
+        if one.counted_ops is not None:
             self._counts[:, one.number] = 0
             self._counts[:, one.shadow] = 0
         self.bound[req_id] = one
@@ -387,13 +377,12 @@ class WorkerState:
             one.data.label, one.req_id, one.data.digest, one.prompt_length, one.done, one.cached, tuple(one.problems)
         )
         left.reduce = "" if one.data.capture is None else one.data.capture.reduce
-        selected = None if one.table is None else one.table.selected(one.cached, one.done)
-        counts = self._counts[:, one.number].tolist() if one.counted_ops else []
-        for site, text, ops in one.counted_ops:
-            own = counts[self._bank_of[site]]
-            for (name, key, clamps), (rows, clamped, nonfinite) in zip(ops, own, strict=False):
-                chosen = None if selected is None else selected[key]
-                left.doses.append(OpCount(text, name, rows, clamped if clamps else None, nonfinite, chosen))
+        if one.counted_ops is not None:
+            counts = self._counts[:, one.number]
+            if isinstance(counts, Tensor):
+                counts = counts.cpu().numpy()
+            selected = None if one.table is None else one.table.selected(one.cached, one.done)
+            left.doses = one.counted_ops.report(counts, selected)
         # where a neighbour in the batch wants both states of a site, both are taken
         held = self.recorder.collect(one.req_id)
         left.captured = {key: rows for key, rows in held.items() if key[1] in one.edits}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.backends.vllm import op
 from trimtab.backends.vllm.bank import StepRows
 from trimtab.backends.vllm.bound import Bound
+from trimtab.errors import BackendError
 from trimtab.sites import Site
 
 Ints = np.ndarray[Any, np.dtype[Any]]
@@ -76,10 +79,13 @@ class Step:
         self._tensors = host
         on_device = host if device.type == "cpu" else {name: one.to(device) for name, one in host.items()}
         self.rows = StepRows(n=0, **on_device)
-        self.control = torch.zeros(4, dtype=torch.int64)
+        self.control = torch.zeros(8, dtype=torch.int64)
         """What the CPU kernel reads: whether a pass is running that has something to do; its rows; the last tap that
-        has something to do; whether full doses are wanted."""
+        has something to do; whether full doses are wanted; and where the first tap looks up what begins the stream:
+        address of the ids (0: nowhere), bytes of one, address of the table, its rows."""
         self._control = self.control.numpy()
+        self.native = False
+        """Whether the CPU kernel runs the taps."""
         self.measured: Measured | None = None
         """Rows whose full dose is wanted."""
         self.shift = 0
@@ -104,15 +110,38 @@ class Step:
         self._tap_of: dict[Site, int] = {}
         self._asked: set[int] = set()
         self._reach: dict[str, int] = {}
+        self._looked_up = 0, 0
+        self._held: tuple[Tensor | None, Tensor | None] = None, None  # the kernel knows addresses only
+        weakref.finalize(self, op.passes.pop, id(self), None)
 
     @property
     def active(self) -> bool:
         """Whether a pass is running that has something to do."""
-        return bool(self._control[0])
+        return id(self) in op.passes
 
     @active.setter
     def active(self, value: bool) -> None:
         self._control[0] = value
+        if value:
+            op.passes[id(self)] = None
+        else:
+            op.passes.pop(id(self), None)
+
+    def embed(self, ids: Tensor | None, table: Tensor | None) -> None:
+        """Have the first tap of the pass begin the stream with rows of a table, in the CPU kernel; None: it has begun.
+
+        Args:
+            ids: int32 or int64, of every row of the pass.
+            table: [vocabulary, width] in the model's dtype.
+        """
+        found = (0, 0) if ids is None or table is None else (ids.data_ptr(), table.data_ptr())
+        if found == self._looked_up:
+            return
+        self._looked_up, self._held, self._control[4] = found, (ids, table), 0
+        if ids is not None and table is not None:
+            if ids.dtype not in (torch.int32, torch.int64) or not (ids.is_contiguous() and table.is_contiguous()):
+                raise BackendError(f"token ids {ids.dtype}: contiguous integers, and a contiguous table, were expected")
+            self._control[4:] = ids.data_ptr(), ids.element_size(), table.data_ptr(), len(table)
 
     def join(self, sites: Iterable[Site]) -> tuple[int, Tensor]:
         """Take up a tap, in the order of a forward pass.
@@ -177,7 +206,7 @@ class Step:
             self.shift += 1
             if int(computed.sum()) == self._computed + self.shift * count:
                 self._ahead += 1
-                self._control[0] = self._last >= 0
+                self.active = self._last >= 0
                 return
         self.settle()
         self._fill(bound, req_ids, starts, computed, token_ids, total)
@@ -197,7 +226,7 @@ class Step:
             last: absolute position of the last row of each.
             token_ids: id of the last row of each, for selections that name tokens.
         """
-        self._control[0] = True
+        self.active = True
         starts = np.arange(len(req_ids) + 1)
         before = [(one, one.done, one.counted, one.first) for one in bound.values()]
         for one in bound.values():
@@ -316,7 +345,8 @@ class Step:
         for span in self.spans:
             if span.bound.slot:
                 self._last = max(self._last, self._reached(span.bound))
-        self._control[:] = self._last >= 0, self.rows.n, self._last, self.measured is not None
+        self._control[1:4] = self.rows.n, self._last, self.measured is not None
+        self.active = self._last >= 0
 
     def _reached(self, one: Bound) -> int:
         """Return the last tap where a steering acts."""
@@ -331,7 +361,7 @@ class Step:
 
     def end(self) -> None:
         """Have taps do nothing until the next pass begins."""
-        self._control[0] = False
+        self.active = False
 
 
 def _settled(span: Span) -> bool:

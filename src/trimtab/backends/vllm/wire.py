@@ -7,10 +7,13 @@ bytes of a steering file; captured rows come back as the bytes of a safetensors 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, pairwise
 from typing import Any, Literal
+
+import numpy as np
 
 from trimtab.backends.vllm.config import KEY
 from trimtab.backends.vllm.reduced import Kind
@@ -143,3 +146,15 @@ def to_bytes(document: Any) -> bytes:
 def from_bytes(data: bytes) -> Any:
     """Read what `to_bytes` made."""
     return json.loads(bytes(data))
+
+
+def runs(positions: Sequence[int]) -> list[tuple[int, int]]:
+    """Return positions as runs [first, last + 1) of consecutive ones, in their order."""
+    array = np.asarray(positions, dtype=np.int64)
+    ends = [*(np.flatnonzero(np.diff(array) != 1) + 1).tolist(), len(array)] if len(array) else []
+    return [(int(array[first]), int(array[last - 1]) + 1) for first, last in pairwise((0, *ends))]
+
+
+def positions_of(given: Iterable[tuple[int, int]]) -> tuple[int, ...]:
+    """Return the positions of runs."""
+    return tuple(chain.from_iterable(range(first, end) for first, end in given))

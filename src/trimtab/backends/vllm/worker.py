@@ -55,6 +55,7 @@ class SteeredWorker:
             device=device,
             graphs=device.type != "cpu" and not vllm_config.model_config.enforce_eager,
         )
+        op.guard()
         self.taps = install(model, self.state)
         _mark_graphs(vllm_config, self.taps)
         self.rank = worker.rank
@@ -110,7 +111,7 @@ def _mark_graphs(config: Any, live: Sequence[LiveTap]) -> None:
     additional = config.additional_config
     if isinstance(additional, dict):
         taps = [(op.name_of(one), one.tap.module_path, one.tap.side, one.tap.element, one.tap.argument) for one in live]
-        additional[f"{KEY}_graph"] = hashlib.sha256(repr(taps).encode()).hexdigest()
+        additional[f"{KEY}_graph"] = hashlib.sha256(repr((op.CALLED, taps)).encode()).hexdigest()
 
 
 def _table(model: nn.Module) -> Callable[[], Tensor] | None:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.backends.vllm.wire import VERSION, CaptureSpec, RequestData, from_bytes, to_bytes
+from trimtab.backends.vllm.wire import VERSION, CaptureSpec, RequestData, from_bytes, positions_of, runs, to_bytes
 from trimtab.errors import InputError
 
 words = st.text(max_size=8)
@@ -75,3 +75,14 @@ def test_what_another_hand_made_is_refused_in_one_line(entry: Any) -> None:
 )
 def test_documents_travel_as_bytes(document: Any) -> None:
     assert from_bytes(to_bytes(document)) == document
+
+
+@given(st.lists(st.integers(0, 6), max_size=8))
+def test_positions_come_out_of_their_runs_in_their_order(positions: list[int]) -> None:
+    assert positions_of(runs(positions)) == tuple(positions)
+
+
+def test_consecutive_positions_are_one_run() -> None:
+    assert runs(range(80, 144)) == [(80, 144)]
+    assert runs([0, 1, 5, 6, 6, 9]) == [(0, 2), (5, 7), (6, 7), (9, 10)]
+    assert runs([]) == []

@@ -38,12 +38,10 @@ class Native(NamedTuple):
     """(x, handle, n)."""
     update_: Any
     """(r, x, binding, n, add)."""
-    embed_: Any
-    """(r, table, ids, n)."""
     enroll: Any
-    """(tap, handles of its banks, each without and with full doses, (step, own, binding), residual, (number, first
-    column, end), add): from then on `trimtab::site_` runs this tap without Python, and asks `trimtab::live_` when its
-    `own` says so."""
+    """(tap, handles of its banks, each without and with full doses, (step, own, binding), stream, (number, first
+    column, end, what becomes of the stream: 0 nothing, 1 set, 2 added to)): from then on `trimtab::site_` runs this tap
+    without Python, and asks `trimtab::live_` when its `own` says so."""
     leave: Any
     """(tap)."""
 

@@ -90,12 +90,38 @@ inline void with_dtype(int code, const Fn& fn) {
 
 inline bool finite(float v) { return (bits(v) & ~SIGN) < INF; }
 
+// t[0..N) += t[N..2N), down to one number; N constant, so that all of it stays in registers.
+template <int64_t N>
+inline float fold(const float* __restrict t) {
+  if constexpr (N == 0) {
+    return t[0];
+  } else {
+    float half[N];
+    for (int64_t i = 0; i < N; ++i) half[i] = t[i] + t[i + N];
+    return fold<N / 2>(half);
+  }
+}
+
+constexpr int64_t LANES = 16;
+
 // Sum of term(0..n-1) by halves; `t` is room for n / 2 + 1 floats.
 template <class Term>
 inline float sum(int64_t n, float* __restrict t, const Term& term) {
   int64_t h = (n + 1) / 2;
-  for (int64_t i = 0; i < n - h; ++i) t[i] = term(i) + term(i + h);
-  if (n - h < h) t[h - 1] = term(h - 1);
+  if (n % (2 * LANES) == 0) {  // whole vectors
+    for (int64_t b = 0; b < h; b += LANES)
+      for (int64_t i = b; i < b + LANES; ++i) t[i] = term(i) + term(i + h);
+    while (h % (2 * LANES) == 0) {
+      h /= 2;
+      const float* __restrict upper = t + h;
+      for (int64_t b = 0; b < h; b += LANES)
+        for (int64_t i = b; i < b + LANES; ++i) t[i] += upper[i];
+    }
+    if (h == LANES) return fold<LANES / 2>(t);
+  } else {
+    for (int64_t i = 0; i < n - h; ++i) t[i] = term(i) + term(i + h);
+    if (n - h < h) t[h - 1] = term(h - 1);
+  }
   for (int64_t m = h; m > 1; m = h) {
     h = (m + 1) / 2;
     const float* __restrict upper = t + h;
@@ -222,7 +248,7 @@ Effect correct(const Bank& b, int64_t place, const float* u, const float* seen, 
     const float amount = M::round(M::round(norm(seen, w, t)) * a.factor);
     combine<M>(&amount, u, 1, w, room);
   } else {
-    float p[MOST] = {}, weights[MOST] = {}, adjusted[MOST] = {};
+    float p[MOST], weights[MOST], adjusted[MOST];
     const int64_t stride = b.each + 2;
     const float* table = b.bounds + place * b.each * stride;
     for (int64_t k = 0; k < m.count; ++k) p[k] = M::round(dot(seen, u + k * w, w, t));
@@ -255,7 +281,7 @@ Effect correct(const Bank& b, int64_t place, const float* u, const float* seen, 
 
 // Projections of the state on the directions of an op, as one number.
 inline float along(const Meta& m, const Param& a, const float* u, const float* state, int64_t w, float* t) {
-  float p[MOST] = {};
+  float p[MOST];
   for (int64_t k = 0; k < m.count; ++k) p[k] = dot(state, u + k * w, w, t) * a.inverse;
   return size(p, m.count);
 }
@@ -467,25 +493,6 @@ void update_(const at::Tensor& r, const at::Tensor& x, const at::Tensor& binding
   update(r, x, binding.const_data_ptr<int32_t>(), n, add);
 }
 
-// r[i] := table[ids[i]] for the first n rows.
-void embed_(const at::Tensor& r, const at::Tensor& table, const at::Tensor& ids, int64_t n) {
-  check_rows(table, r.size(1), "table");
-  check_rows(r, table.size(1), "residual");
-  TORCH_CHECK(r.scalar_type() == table.scalar_type() && r.size(0) >= n && ids.numel() >= n && ids.is_contiguous() &&
-                  table.is_contiguous(), "embed: ", n, " rows of ", table.scalar_type(), " were expected");
-  const int64_t size = table.size(1) * table.element_size(), stride = r.stride(0) * r.element_size();
-  const char* from = static_cast<const char*>(table.const_data_ptr());
-  char* to = static_cast<char*>(r.mutable_data_ptr());
-  const auto run = [&](const auto* id) {
-    for (int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK(0 <= id[i] && id[i] < table.size(0), "token id ", id[i], " of ", table.size(0));
-      std::memcpy(to + i * stride, from + id[i] * size, size);
-    }
-  };
-  if (ids.scalar_type() == at::kInt) run(ids.const_data_ptr<int32_t>());
-  else run(ids.const_data_ptr<int64_t>());
-}
-
 // Buffers: the five tables of a bank, then binding, slot_of and gain.
 int64_t bind(const std::vector<at::Tensor>& given, const std::optional<at::Tensor>& residual,
              const std::optional<at::Tensor>& dose) {
@@ -519,30 +526,31 @@ void release(int64_t handle) { delete reinterpret_cast<Bank*>(handle); }
 
 // What a tap does with its tensor (live.py): the banks of its sites in order, then the stream.
 struct Tap {
-  const int64_t* step;  // whether a pass with work runs; its rows; the last tap with something to do; full doses
+  const int64_t* step;  // see Step.control in step.py
   int64_t* own;  // calls; whether this pass needs Python: rows to record, ops outside the banks
   std::vector<const Bank*> banks, dosed;  // the same banks, without and with buffers for full doses
-  std::optional<at::Tensor> residual;
+  std::optional<at::Tensor> stream;
   const int32_t* binding;
   int64_t number, from, to;
-  bool add;
+  enum After : int64_t { LEAVE, SET, ADD } after;  // what becomes of the stream's tracked rows: r, x, r + x
   std::vector<at::Tensor> kept;
 };
 std::unordered_map<std::string, std::shared_ptr<const Tap>> taps;
 std::mutex taps_lock;
 
 void enroll(std::string name, const std::vector<int64_t>& banks, const std::vector<at::Tensor>& tables,
-            const std::optional<at::Tensor>& residual, const std::vector<int64_t>& place, bool add) {
-  TORCH_CHECK(tables.size() == 3 && place.size() == 3, "tap: step, own and binding; number, first column and end");
+            const std::optional<at::Tensor>& stream, const std::vector<int64_t>& place) {
+  TORCH_CHECK(tables.size() == 3 && tables[0].numel() == 8, "tap: step [8], own and binding");
+  TORCH_CHECK(place.size() == 4 && (stream || place[3] == Tap::LEAVE), "tap: number, first column, end, and after");
   auto tap = std::make_shared<Tap>();
   tap->step = tables[0].const_data_ptr<int64_t>();
   tap->own = tables[1].mutable_data_ptr<int64_t>();
   tap->binding = tables[2].const_data_ptr<int32_t>();
   for (size_t i = 0; i < banks.size(); ++i)
     (i % 2 ? tap->dosed : tap->banks).push_back(reinterpret_cast<const Bank*>(banks[i]));
-  tap->residual = residual;
+  tap->stream = stream;
   tap->number = place[0], tap->from = place[1], tap->to = place[2];
-  tap->add = add;
+  tap->after = static_cast<Tap::After>(place[3]);
   tap->kept = tables;
   const std::lock_guard<std::mutex> held(taps_lock);
   taps[std::move(name)] = std::move(tap);
@@ -551,6 +559,22 @@ void enroll(std::string name, const std::vector<int64_t>& banks, const std::vect
 void leave(std::string name) {
   const std::lock_guard<std::mutex> held(taps_lock);
   taps.erase(name);
+}
+
+// Begin the stream: r[i] := table[ids[i]] for the rows of the pass.
+void embed(const at::Tensor& r, const int64_t* step) {
+  const int64_t n = step[1], size = r.size(1) * r.element_size(), stride = r.stride(0) * r.element_size();
+  TORCH_CHECK(r.size(0) >= n, "embed: ", n, " rows in ", r.size(0));
+  const char* from = reinterpret_cast<const char*>(step[6]);
+  char* to = static_cast<char*>(r.mutable_data_ptr());
+  const auto run = [&](const auto* id) {
+    for (int64_t i = 0; i < n; ++i) {
+      TORCH_CHECK(0 <= id[i] && id[i] < step[7], "token id ", id[i], " of ", step[7]);
+      std::memcpy(to + i * stride, from + id[i] * size, size);
+    }
+  };
+  if (step[5] == 4) run(reinterpret_cast<const int32_t*>(step[4]));
+  else run(reinterpret_cast<const int64_t*>(step[4]));
 }
 
 void site_(const at::Tensor& x, std::string name) {
@@ -562,11 +586,12 @@ void site_(const at::Tensor& x, std::string name) {
   if (tap) {
     if (tap->step[0] == 0 || tap->number > tap->step[2]) return;
     const int64_t n = tap->step[1];
+    if (tap->number == 0 && tap->step[4] && tap->stream) embed(*tap->stream, tap->step);
     if (tap->own[1] == 0 && x.dim() == 2 && x.size(0) >= n) {
       ++tap->own[0];
       const at::Tensor seen = tap->to < 0 ? x : x.narrow(1, tap->from, tap->to - tap->from);
       for (const Bank* bank : tap->step[3] ? tap->dosed : tap->banks) apply_(seen, reinterpret_cast<int64_t>(bank), n);
-      if (tap->residual) update(*tap->residual, x, tap->binding, n, tap->add);
+      if (tap->after != Tap::LEAVE) update(*tap->stream, x, tap->binding, n, tap->after == Tap::ADD);
       return;
     }
   }
@@ -581,16 +606,14 @@ TORCH_LIBRARY(trimtab_cpu, m) {
   m.def("bind(Tensor[] buffers, Tensor? residual, Tensor? dose) -> int", &bind);
   m.def("release(int bank) -> ()", &release);
   m.def("apply_(Tensor(a!) x, int bank, int n) -> ()");
-  m.def("enroll(str tap, int[] banks, Tensor[] tables, Tensor? residual, int[] place, bool add) -> ()", &enroll);
+  m.def("enroll(str tap, int[] banks, Tensor[] tables, Tensor? stream, int[] place) -> ()", &enroll);
   m.def("leave(str tap) -> ()", &leave);
-  m.def("embed_(Tensor(a!) r, Tensor table, Tensor ids, int n) -> ()");
   m.def("update_(Tensor(a!) r, Tensor x, Tensor binding, int n, bool add) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(trimtab_cpu, CPU, m) {
   m.impl("apply_", &apply_);
   m.impl("update_", &update_);
-  m.impl("embed_", &embed_);
 }
 
 TORCH_LIBRARY_IMPL(trimtab, CPU, m) { m.impl("site_", &site_); }

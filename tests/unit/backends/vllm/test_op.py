@@ -1,0 +1,118 @@
+"""The operator in compiled graphs, and what the kernel does at the first tap of a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch._inductor.utils import run_and_get_code
+
+from trimtab.backends.vllm import op
+from trimtab.backends.vllm.captured import Recorder
+from trimtab.backends.vllm.doses import DoseRecorder
+from trimtab.backends.vllm.kernels import native
+from trimtab.backends.vllm.live import LiveTap
+from trimtab.backends.vllm.step import Step
+from trimtab.backends.vllm.taps import Tap
+
+CPU = torch.device("cpu")
+WIDTH = 8
+
+
+class Doubling:
+    """A tap that runs in Python."""
+
+    def __init__(self) -> None:
+        self.name, self.calls = "", 0
+
+    def __call__(self, x: Tensor) -> None:
+        self.calls += 1
+        x *= 2
+
+    def enrolled(self, name: str) -> None:
+        self.name = name
+
+
+@pytest.fixture
+def step() -> Iterator[Step]:
+    made = Step(16, 8, 2, CPU)
+    yield made
+    made.end()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")
+def test_a_compiled_graph_calls_the_operator_only_while_a_pass_has_something_to_do(step: Step) -> None:
+    op.guard()
+    torch.compiler.reset()
+    tap = Doubling()
+    name = op.enroll("tests.compiled", tap)
+    weight = torch.eye(WIDTH)
+
+    def block(x: Tensor) -> Tensor:
+        y = x @ weight
+        op.site_(y, name)
+        return y + 1
+
+    x = torch.arange(3.0 * WIDTH).reshape(3, WIDTH)
+    compiled = torch.compile(block, fullgraph=True)
+    out, (code,) = run_and_get_code(compiled, x)
+    assert code.count("if trimtab_passes: trimtab_site(") == 1
+    assert torch.equal(out, x + 1)
+    assert tap.calls == 0
+    other = Step(16, 8, 2, CPU)
+    step.active = other.active = True
+    other.end()  # another engine's pass ends; ours runs
+    assert torch.equal(compiled(x), 2 * x + 1)
+    step.end()
+    assert torch.equal(compiled(x), x + 1)
+    assert tap.calls == 1
+
+
+def test_tables_that_go_away_leave_no_pass_behind() -> None:
+    before = dict(op.passes)
+    step = Step(16, 8, 2, CPU)
+    step.active = True
+    assert len(op.passes) == len(before) + 1
+    del step
+    assert op.passes == before
+
+
+def first_tap(step: Step, stream: Tensor) -> LiveTap:
+    tap = Tap("tests.first", "layers.0.attn", "output", None, None, (), "add", WIDTH)
+    live = LiveTap(tap, (), step, stream, Recorder({}), DoseRecorder((), 16, 2, CPU))
+    op.enroll(tap.name, live)
+    return live
+
+
+@pytest.mark.skipif(native() is None, reason="needs the kernel")
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_the_first_tap_begins_the_stream_with_the_rows_of_its_tokens(step: Step, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    stream = torch.full((16, WIDTH), 7.0)
+    table, x = torch.randn(5, WIDTH, generator=generator), torch.randn(4, WIDTH, generator=generator)
+    ids = torch.tensor([4, 0, 0, 2], dtype=dtype)
+    live = first_tap(step, stream)
+    step.rows.binding[:4] = torch.tensor([1, 0, 2, 1])
+    step.control[1:4] = torch.tensor([4, 0, 0])
+    step.active = True
+    step.embed(ids, table)
+    op.site_(x, op.name_of(live))
+    tracked = torch.tensor([[1.0], [0.0], [1.0], [1.0]])
+    assert torch.equal(stream[:4], table[ids.long()] + tracked * x)
+    assert torch.equal(stream[4:], torch.full((12, WIDTH), 7.0))
+    step.embed(None, None)  # what the stream begins with is there already
+    stream[:4] = 1.0
+    op.site_(x, op.name_of(live))
+    assert torch.equal(stream[:4], 1.0 + tracked * x)
+
+
+@pytest.mark.skipif(native() is None, reason="needs the kernel")
+def test_a_token_outside_the_table_is_refused(step: Step) -> None:
+    live = first_tap(step, torch.zeros(16, WIDTH))
+    step.control[1:4] = torch.tensor([2, 0, 0])
+    step.active = True
+    step.embed(torch.tensor([0, 5]), torch.zeros(5, WIDTH))
+    with pytest.raises(RuntimeError, match="token id 5 of 5"):
+        op.site_(torch.zeros(2, WIDTH), op.name_of(live))
