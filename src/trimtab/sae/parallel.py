@@ -69,7 +69,9 @@ class Parallel:
         Raises:
             InputError: the number of processes is no multiple of `latents`.
         """
-        kind = torch.device(device).type
+        kind, number = torch.device(device).type, torch.device(device).index
+        if kind == "cuda" and number is not None:
+            torch.cuda.set_device(number)
         if not dist.is_initialized() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         size = dist.get_world_size() if dist.is_initialized() else 1
@@ -220,6 +222,13 @@ class Parallel:
         own, alike = squares
         dist.all_reduce(own, group=self._mesh["latents"].get_group())
         return float((own + alike).sqrt())
+
+
+def own_device(device: str | torch.device) -> str:
+    """Return the device of this process: of those that torchrun starts on a machine each has a CUDA device alone."""
+    if str(device) == "cuda" and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return str(device)
 
 
 class MeshSplit:

@@ -19,6 +19,7 @@ from trimtab.sae.data import Filters, Stream, StreamConfig, TensorSource
 from trimtab.sae.files import load
 from trimtab.sae.precision import Precision
 from trimtab.sae.train import Plan, train, train_stream
+from trimtab.sae.train.opening import open_training
 
 SMALL: dict[str, Any] = {"batch_size": 64, "buffer_rows": 256, "held_out": 128}
 
@@ -219,6 +220,28 @@ def test_wandb_gets_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert figures == [(one.step, one.recon) for one in lines(tmp_path / "sae")]
     assert any("log10_density" in values for _, values in logged)
     assert ended == [True]
+
+
+@pytest.mark.parametrize(
+    ("device", "own"), [(None, "cuda:3"), ("cuda", "cuda:3"), ("cuda:1", "cuda:1"), ("cpu", "cpu")]
+)
+def test_every_process_that_torchrun_starts_has_a_device_of_its_own(
+    device: str | None, own: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    given = {
+        name: None for name in ("model", "backend", "model_dtype", "engine", "context_size", "model_batch", "column")
+    }
+    opened = open_training("synthetic:32x16:3", sites=None, target="", device=device, settings=SMALL, **given)
+    opened.stream.close()
+    assert opened.device == own
+
+
+def test_one_process_shares_its_parameters_with_nobody_and_says_so(tmp_path: Path) -> None:
+    run = dictionary(tmp_path / "shared", shard_parameters=True)
+    assert run.notes[0] == "shard_parameters changed nothing: one process sees all tokens"
+    assert run.saes[0].last == dictionary(tmp_path / "plain").saes[0].last
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from trimtab.sae.data import (
     TraceSource,
     open_texts,
 )
+from trimtab.sae.parallel import own_device
 from trimtab.sae.synthetic import SparseDictionary
 from trimtab.sae.train.config import Plan, SAESettings, TrainConfig
 from trimtab.sae.train.sinks import OnLine
@@ -137,7 +138,7 @@ def open_training(
 ) -> Opened:
     """Return what `train` trains, and on what; the arguments are its own. The caller closes the stream."""
     sorted_settings = _sort(settings)
-    where = str(device) if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
+    where = own_device(device if device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
     patterns = _patterns(sites)
     if target and len(patterns) != 1:
         raise InputError(f"a target has one input; sites names {len(patterns)}")

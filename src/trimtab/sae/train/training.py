@@ -27,7 +27,7 @@ from trimtab.sae.data.stream import Stream
 from trimtab.sae.learner import Learner
 from trimtab.sae.model import SAE
 from trimtab.sae.monitor import Monitor, rules_for
-from trimtab.sae.parallel import Parallel
+from trimtab.sae.parallel import Parallel, own_device
 from trimtab.sae.scaling import Scales
 from trimtab.sae.train.checkpoint import Checkpoint, Checkpoints, check_identity
 from trimtab.sae.train.config import Plan, TrainConfig, plain
@@ -79,7 +79,7 @@ def train_stream(
     """
     listed = (plans,) if isinstance(plans, Plan) else tuple(plans)
     settings = config or TrainConfig()
-    folder = Path(out)
+    folder, device = Path(out), own_device(device)
     with stream:
         _check(listed, stream)
         parallel = Parallel.current(settings.shard_latents, device=device, shard_parameters=settings.shard_parameters)
