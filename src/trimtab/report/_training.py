@@ -178,16 +178,18 @@ def _estimate(found: QueueEstimate) -> TrainingView:
         (one.name, one.state, f"{one.sequences:,}", f"{one.tokens:,}", f"{one.steps:,}", f"{one.seconds:.1f} s")
         for one in found.sets
     )
+    bad = sum(bool(one.error) for one in found.sets)
     heads = ("set", "state", ">sequences", ">tokens", ">steps", ">time")
     return TrainingView(
         kicker=f"Estimate {found.folder}",
-        headline=f"{_time(found.seconds)} on one worker",
+        headline=f"{_time(found.seconds)} on one worker"
+        + (f"; {bad} of {len(found.sets)} cannot be trained" if bad else ""),
         lede=f"{found.tokens:,} tokens on {found.model}; at most, since early stopping is not foreseen.",
         answers=(),
         tables=(Table(title="Sets", heads=heads, rows=rows),),
         panels=(),
         facts=(("peak memory", f"{found.memory / 2**20:,.0f} MiB in the timed step"),),
-        notes=(),
+        notes=tuple(f"{one.name}: {one.error}" for one in found.sets if one.error),
     )
 
 

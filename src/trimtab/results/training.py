@@ -175,6 +175,8 @@ class SetEstimate:
     """Of one epoch."""
     steps: int
     seconds: float
+    error: str = ""
+    """Why the set cannot be trained; empty when it can."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

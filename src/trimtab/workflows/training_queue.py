@@ -202,20 +202,29 @@ def _estimate(folder: Path, jobs: Sequence[_Job], engine: Engine, config: Traini
     memory = 0
     per_token: float | None = None
     for job in jobs:
-        data = prepare(engine, job.source, config)
-        cost = estimate(engine, data, config, per_token=per_token)
-        per_token, memory = cost.seconds_per_token, max(memory, cost.memory)
         state = _row(job).state
+        try:
+            cost = estimate(engine, prepare(engine, job.source, config), config, per_token=per_token)
+        except TrimtabError as error:  # the queue would report it and go on
+            said = f"{type(error).__name__}: {error}"
+            sets.append(
+                SetEstimate(name=job.name, state="failed", sequences=0, tokens=0, steps=0, seconds=0.0, error=said)
+            )
+            continue
+        per_token, memory = cost.seconds_per_token, max(memory, cost.memory)
+        done = state == "done"
         sets.append(
             SetEstimate(
                 name=job.name,
                 state=state,
                 sequences=cost.sequences,
                 tokens=cost.tokens,
-                steps=0 if state == "done" else cost.steps,
-                seconds=0.0 if state == "done" else cost.seconds,
+                steps=0 if done else cost.steps,
+                seconds=0.0 if done else cost.seconds,
             )
         )
+    if all(one.error for one in sets):
+        raise InputError(f"no set of {folder} can be trained; {sets[0].name}: {sets[0].error}")
     left = [one for one in sets if one.state != "done"]
     return QueueEstimate(
         folder=str(folder),

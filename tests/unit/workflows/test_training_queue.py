@@ -13,6 +13,7 @@ import torch
 from trimtab._base import jsonio
 from trimtab._base.files import FileLock
 from trimtab.errors import InputError, UnfinishedError
+from trimtab.report import render_text
 from trimtab.results import from_json
 from trimtab.results.training import QueueEstimate, QueueRun
 from trimtab.testbed import ATTRIBUTES, contrast
@@ -157,6 +158,15 @@ def test_a_dry_run_says_what_it_would_cost(
 
 def test_a_bad_set_is_reported_and_the_others_are_trained(engine: Engine, folder: Path, tmp_path: Path) -> None:
     (folder / "b.jsonl").write_text('{"text": "the fox slept .", "label": "neg"}\n')
+    cost = train_all(folder, engine, CONFIG, out=tmp_path / "out", dry_run=True)
+    assert isinstance(cost, QueueEstimate)
+    assert [one.state for one in cost.sets] == ["waiting", "failed", "waiting"]
+    assert "no example has the label 'pos'" in cost.sets[1].error
+    assert cost.tokens == (cost.sets[0].tokens + cost.sets[2].tokens) * CONFIG.epochs > 0
+    with pytest.raises(InputError, match=r"no set of .* can be trained; a: SiteError: "):
+        train_all(folder, engine, CONFIG, out=tmp_path / "out", dry_run=True, sites=("layers.99.resid_post",))
+    text = render_text(cost)
+    assert "; 1 of 3 cannot be trained" in text and "note: b: InputError: " in text
     run = train_all(folder, engine, CONFIG, out=tmp_path / "out")
     assert isinstance(run, QueueRun) and not run.finished
     states = {row.name: row.state for row in run.rows}
