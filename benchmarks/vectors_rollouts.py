@@ -34,7 +34,7 @@ ENVIRONMENT = {
 
 def measure(quick: bool) -> Iterator[Measured]:
     """Measure both in processes of their own, in turn."""
-    workers = {name: Worker(name) for name in ("vllm", "hf")}
+    workers = {name: Worker(name, TOKENS // 2 if quick else TOKENS) for name in ("vllm", "hf")}
     try:
         for worker in workers.values():
             worker.read()
@@ -62,11 +62,11 @@ def measure(quick: bool) -> Iterator[Measured]:
 class Worker:
     """A process that holds one backend, and runs all variants when it is asked to."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, tokens: int) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the worker
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name],
+            [sys.executable, __file__, "--worker", name, str(tokens)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -103,14 +103,14 @@ class Worker:
 # -- the worker's side
 
 
-def serve(name: str) -> None:
+def serve(name: str, tokens: int) -> None:
     """Run all variants for each line of the input; whatever else is printed goes to standard error."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
 
     torch.set_num_threads(1)
-    work = prepare(name)
+    work = prepare(name, tokens)
 
     def say(answer: dict[str, float]) -> None:
         answers.write(json.dumps(answer) + "\n")
@@ -119,11 +119,11 @@ def serve(name: str) -> None:
     say({})
     for _ in sys.stdin:
         wall, cpu = time.perf_counter(), time.process_time()
-        tokens = work()
-        say({"tokens": tokens, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall})
+        made = work()
+        say({"tokens": made, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall})
 
 
-def prepare(name: str) -> Callable[[], int]:
+def prepare(name: str, tokens: int) -> Callable[[], int]:
     """Open a backend; return what runs every variant once and counts the tokens."""
     from trimtab import testbed
     from trimtab.backends import open_backend
@@ -138,7 +138,7 @@ def prepare(name: str) -> Callable[[], int]:
     def run(variants: tuple[Variant, ...]) -> int:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "run"
-            return rollouts(backend, prompts, variants, out=out, max_tokens=TOKENS, ignore_eos=True).tokens
+            return rollouts(backend, prompts, variants, out=out, max_tokens=tokens, ignore_eos=True).tokens
 
     if name == "vllm":
         return lambda: run(steered)
@@ -147,6 +147,6 @@ def prepare(name: str) -> Callable[[], int]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        serve(sys.argv[2])
+        serve(sys.argv[2], int(sys.argv[3]))
     else:
         main(__file__, measure)
