@@ -15,6 +15,7 @@ from trimtab.compare._copies import verify_copies
 from trimtab.compare._diverge import FirstOf
 from trimtab.compare._measured import Measured, relative_rows
 from trimtab.compare._parts import Notes, Outcome, Part, replay
+from trimtab.compare._updates import BEHIND, MOVED, Updates
 from trimtab.compare.align import Aligned
 from trimtab.compare.fingerprints import Neighbour, find_fingerprints
 from trimtab.compare.ledger import Book, LedgerBook
@@ -50,6 +51,7 @@ class Execution:
         self._noise_moved = plan.noise is None
         self._noise_used = False
         self._routing = Routing(plan)
+        self._updates = Updates(plan, self._expected)
         self._idle_rules: set[Rule | None] = set(plan.rules)
 
     @property
@@ -182,6 +184,12 @@ class Execution:
         judged = judge(self.plan.verdict, measured, expected, aligned, rule=rule, layer=pair.key.layer)
         if not measured.exact:
             self._idle_rules.discard(rule)
+        warnings = measured.warnings
+        if judged.status in ("failed", "inconclusive"):
+            eased = self._updates.ease(pair, aligned, measured, expected)
+            if eased is not None:
+                judged = eased
+                warnings += (MOVED if pair.key.kind == "param" else BEHIND,) if eased.status == "passed" else ()
         record = RecordVerdict(
             status=judged.status,
             reasons=judged.reasons,
@@ -190,7 +198,7 @@ class Execution:
             coarse_dtype=dtype_name(coarser(*aligned.dtypes)) if measured.coarse is not None else None,
             calibration=judged.calibration,
             severity=judged.severity,
-            warnings=measured.warnings,
+            warnings=warnings,
             series=_series(pair, measured) if self.plan.keep_rows else None,
             tolerance=tolerance(aligned) if self.plan.tolerances and aligned.comparable else None,
             **known,

@@ -69,7 +69,7 @@ def blocks_upstream(key: RecordKey, num_layers: int | None) -> int | None:
         return 0
     if layer is None:
         return depth + WITHIN_STREAM if of_model else None
-    if key.kind == "grad":  # the whole forward pass, then the backward pass down to this layer
+    if key.kind in ("grad", "optim"):  # the whole forward pass, then the backward pass down to this layer
         return 2 * max(depth, layer + 1) - layer + WITHIN_BRANCH
     if site is None or not of_model or site.point not in _STREAM_POINTS:
         return layer + WITHIN_BRANCH
@@ -83,8 +83,11 @@ def layer_of(key: RecordKey) -> int | None:
     site = _site(key.site)
     if site is not None and site.layer is not None:
         return site.layer
-    found = LAYER.search(key.site) if key.layer is None else None
-    return int(found[1]) if found else key.layer
+    if key.layer is not None:
+        return key.layer
+    # gradients of parameters, and what an optimizer keeps of them, have no site: their names are paths
+    found = LAYER.search(key.site or (key.name if key.kind in ("grad", "optim") else ""))
+    return int(found[1]) if found else None
 
 
 def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int, kind: str = "value") -> Expected:
@@ -109,7 +112,7 @@ def expected_error(dtype: torch.dtype, *, blocks: int | None, width: int, kind: 
     underflow = step / math.sqrt(12) * math.sqrt(1 + 2 * depth)
     return Expected(
         error=error,
-        common=2 * error if kind == "grad" else error,
+        common=2 * error if kind in ("grad", "optim") else error,
         underflow=underflow,
         source=f"rounding model{known}",
         dtype=dtype_name(dtype),
