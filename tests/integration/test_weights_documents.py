@@ -22,6 +22,7 @@ BLOCKS = {
     for name in ("README.md", "docs/weights.md")
 }
 LAYERS = 25
+NAMES = ("pirate", "calm", "lawyer", "curious", "curious", "rude")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, vector in enumerate(vectors(6)):
         kind, key = (("roles", "pos_3"), ("traits", "pos_neg_50"))[number % 2]
         (personas / kind).mkdir(parents=True, exist_ok=True)
-        torch.save({key: vector.expand(LAYERS + 1, WIDTH).clone()}, personas / kind / f"d{number}.pt")
+        torch.save({key: vector.expand(LAYERS + 1, WIDTH).clone()}, personas / kind / f"{NAMES[number]}.pt")
     torch.save({"default_1": torch.zeros(LAYERS + 1, WIDTH)}, personas / "default_vectors.pt")
     states = np.random.default_rng(0).normal(size=(80, WIDTH))
     scaler = preprocessing.StandardScaler().fit(states)

@@ -187,7 +187,8 @@ def _of_part(tensors: dict[str, Tensor], part: str) -> dict[str, Any]:
 def _write_parquet(path: Path, rows: pl.DataFrame) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".") as folder:
         draft = Path(folder) / path.name
-        rows.select(*SCHEMA).write_parquet(draft, compression="zstd", compression_level=1)
+        version = {"trimtab_weights_version": str(WEIGHTS_VERSION)}  # beside the Arrow schema in the file's footer
+        rows.select(*SCHEMA).write_parquet(draft, compression="zstd", compression_level=1, metadata=version)
         draft.replace(path)
 
 

@@ -13,7 +13,7 @@ from tests.unit.weights.weights_pairs import directions, noisy, saved_pair
 from trimtab.cli import main
 from trimtab.errors import InputError, RecipeError, TraceLockedError, VectorError
 from trimtab.results import from_json, to_json
-from trimtab.results.weights import WeightsAnalysis
+from trimtab.results.weights import WEIGHTS_VERSION, WeightsAnalysis
 from trimtab.testing.models import tiny
 from trimtab.weights import measure_attention, measure_mlp, measure_susceptibility
 
@@ -96,6 +96,8 @@ def test_the_rows_are_parquet_of_one_schema(models: tuple[Path, Path], tmp_path:
     assert rows.equals(run.frame(controls=True))
     assert rows.schema["layer"] == pl.Int32 and rows.schema["z_error"] == pl.Float64
     assert len(rows) == run.report.num_measurements
+    for file in (tmp_path / "run").rglob("*.parquet"):
+        assert pl.read_parquet_metadata(file)["trimtab_weights_version"] == str(WEIGHTS_VERSION)
 
 
 @pytest.mark.parametrize("verb", ["susceptibility", "mlp", "attention"])
