@@ -36,20 +36,20 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def plan(kind: str, *, low: bool = False, scaled: bool = False) -> Plan:
+def plan(kind: str, lower_dtype: str = "fp32") -> Plan:
     architecture = kind.removesuffix("-step")
     config = SAEConfig(architecture=architecture, d_in=16, d_sae=50, **KINDS[kind])  # type: ignore[arg-type]
     optim = OptimConfig(lr=3e-3, warmup=4, clip=0.5, beta1=0.9 if kind == "gated" else 0.0)
     optim = replace(optim, target_l0=5.0) if kind == "jumprelu" else optim
-    precision = Precision(torch.float32, torch.bfloat16) if low else Precision()
+    precision, scaled = Precision.parse("fp32", lower_dtype), lower_dtype == "fp16"
     return Plan(name="sae", config=config, optim=optim, precision=precision, adam_trick=scaled, seed=7)
 
 
-def train(kind: str, out: Path, latents: int, **given: Any) -> Any:
+def train(kind: str, out: Path, latents: int, *, lower_dtype: str = "fp32", **given: Any) -> Any:
     source = SyntheticSource(SparseDictionary(32, 16, mean_active=3), rows=5000, chunk_rows=100)
     stream = Stream(source, StreamConfig(batch_size=64, buffer_rows=256, held_out=128, seed=3))
     settings = {"steps": STEPS, "eval_every": 10, "save_every": 10, "shard_latents": latents, **given}
-    return train_stream(plan(kind), stream, TrainConfig(**settings), out=out)
+    return train_stream(plan(kind, lower_dtype), stream, TrainConfig(**settings), out=out)
 
 
 def held(parallel: Parallel) -> dict[str, int]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -115,7 +118,18 @@ def train(
     kwargs |= {name: value for name, value in options.items() if value != _DATA_DEFAULTS[name]}
     kwargs |= changed(saes) | changed(config)
     call = Call(function="trimtab.sae.train", args=(data,), kwargs=kwargs)
-    return run(call, output, stream="on_line", show=_table)
+    with _shown_once():
+        return run(call, output, stream="on_line", show=_table)
+
+
+@contextmanager
+def _shown_once() -> Iterator[None]:
+    """Print in the first of torchrun's processes alone: every one of them knows the same."""
+    if os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1":
+        yield
+        return
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _table(made: Any) -> str:

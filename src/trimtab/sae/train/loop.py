@@ -62,7 +62,7 @@ class Loop:
         course: where it stands; changed in place.
         parallel: the processes that share the work.
         save: writes a checkpoint.
-        on_line: called with the line of every SAE at every logged step.
+        on_line: called with the line of every SAE at every logged step, in the process that writes.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class Loop:
             trainee.last = self._line(trainee, one, looks.get(trainee.plan.name))
             for sink in trainee.sinks if logged else ():
                 sink.write(trainee.last)
-            if logged and self._on_line is not None:
+            if logged and self._on_line is not None and self._parallel.writes:
                 self._on_line(trainee.last)
 
     def _line(self, trainee: Trainee, one: StepLosses, seen: Look | None) -> SAEStepLine:

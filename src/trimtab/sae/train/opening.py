@@ -89,7 +89,7 @@ def train(
         context_size: tokens of a context of the model.
         model_batch: contexts that run together.
         column: of the texts, in files and data sets.
-        on_line: called with the line of every SAE at every logged step.
+        on_line: called with the line of every SAE at every logged step; of torchrun's processes in the first alone.
         settings: fields of `SAESettings`, `TrainConfig`, `StreamConfig` (its seed is the run's) and `Filters`.
 
     Returns:

@@ -61,7 +61,7 @@ def train_stream(
         config: length of the run, and what it writes.
         out: the directory.
         device: where the SAEs live.
-        on_line: called with the line of every SAE at every logged step.
+        on_line: called with the line of every SAE at every logged step; of torchrun's processes in the first alone.
 
     Returns:
         The run.
@@ -150,7 +150,7 @@ class _Run:
         )
         try:
             title = f"train {len(self._plans)} SAEs" if len(self._plans) > 1 else f"train {self._plans[0].name}"
-            with bars.progress(title, self._config.last) as bar:
+            with bars.progress(title, self._config.last, show=None if self._parallel.writes else False) as bar:
                 bar.advance(self._course.step)
                 loop.run(self._shown(bar))
         finally:
