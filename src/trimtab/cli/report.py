@@ -12,7 +12,7 @@ def report(path: Path, /, *, out: Path | None = None, output: Output = Output())
     """Render a result again: text, JSON or one HTML file.
 
     Args:
-        path: a result as JSON, or the directory of a sweep.
+        path: a result as JSON, a directory that holds one, or the directory of a sweep.
         out: FILE.html, FILE.json or FILE.txt; without it the text is printed.
     """
     source = Call(function="trimtab.analyze", args=(path,)) if (path / "sweep.json").is_file() else path

@@ -26,8 +26,7 @@ def report(result: Any, path: str | os.PathLike[str] | None = None) -> str | Pat
     """Render a result, and write it when a path is given.
 
     Args:
-        result: a result, a run that holds one as `report`, or the file of an `Analysis`, `Comparison` or `Triage` in
-            JSON.
+        result: a result, a run that holds one as `report`, the file of one in JSON, or a directory that holds one.
         path: file to write; its ending chooses the form: `.html` (an `Analysis`, `Comparison` or `Triage`), `.json` or
             `.txt`.
             Its directory must exist.
@@ -106,9 +105,9 @@ def _kind(result: object) -> str:
 
 
 def _load(path: Path) -> Any:
-    """Read a JSON document."""
+    """Read a JSON document, or the only result in a directory."""
     if path.is_dir():
-        raise InputError(f"{str(path)!r} is a directory: give the JSON file of a result")
+        path = _result_in(path)
     try:
         text = path.read_bytes().decode()
     except FileNotFoundError:
@@ -121,3 +120,17 @@ def _load(path: Path) -> Any:
     raise InputError(
         f"{str(path)!r} holds no result with a report: expected the JSON of an Analysis or a Comparison, or of a Triage"
     )
+
+
+def _result_in(directory: Path) -> Path:
+    found = []
+    for file in sorted(directory.glob("*.json")):
+        try:
+            known = _kinds.kind_of(jsonio.loads(file.read_bytes(), file))
+        except (InputError, OSError):
+            continue
+        found += [file] if known is not None else []
+    if len(found) == 1:
+        return found[0]
+    names = f" of {', '.join(one.name for one in found)}" if found else ""
+    raise InputError(f"{str(directory)!r} is a directory: give the JSON file of a result{names}")

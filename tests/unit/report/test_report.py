@@ -221,8 +221,15 @@ def test_files_that_hold_no_result_are_refused(tmp_path: Path, content: bytes | 
         report(path)
 
 
-def test_a_directory_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a directory"):
+def test_a_directory_that_holds_one_result_stands_for_it(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"is a directory: give the JSON file of a result$"):
+        report(tmp_path)
+    for name, text in (("plan", "{}"), ("torn", "{"), ("list", "[1]")):
+        (tmp_path / f"{name}.json").write_text(text)
+    report(comparison_factory.comparison(), tmp_path / "kept.json")
+    assert report(tmp_path) == render_text(comparison_factory.comparison())
+    report(factory.small(), tmp_path / "second.json")
+    with pytest.raises(InputError, match=r"is a directory: .* of kept\.json, second\.json$"):
         report(tmp_path)
 
 

@@ -41,7 +41,7 @@ def sweep_lr(
         data: as in `train`; it needs validation data, by which the rate is chosen.
         rates: learning rates above 0, each once.
         config: the settings, without the rate; or give them one by one.
-        out: directory; each training is in `lr_RATE` below it, and `sweep.json` is the table. Those that are finished
+        out: directory; each training is in `lr_RATE` below it, and `rates.json` is the table. Those that are finished
             are not repeated.
         dtype: the model's dtype, when it is loaded here.
         device: where it is loaded.
@@ -86,5 +86,5 @@ def sweep_lr(
         seconds=math.fsum(row.seconds or 0.0 for row in rows),
     )
     if out is not None:
-        atomic_write_text(Path(out) / "sweep.json", to_json(result) + "\n")
+        atomic_write_text(Path(out) / "rates.json", to_json(result) + "\n")
     return result

@@ -416,7 +416,7 @@ def test_a_sweep_shares_model_data_and_states(engine: Engine, small: TrainingDat
     sweep = sweep_lr(engine, small, (0.1, 0.3), sites=(SITE,), epochs=2, out=tmp_path)
     alone = train(engine, small, sites=(SITE,), epochs=2, learning_rate=0.3)
     assert sweep.rows[1].loss == alone.result.best_loss
-    assert (tmp_path / "sweep.json").is_file() and (tmp_path / "lr_0.3" / "training.json").is_file()
+    assert (tmp_path / "rates.json").is_file() and (tmp_path / "lr_0.3" / "training.json").is_file()
     for rates in ((), (0.1, 0.1), (0.0,), (float("nan"),)):
         with pytest.raises(InputError, match="learning rates"):
             sweep_lr(engine, small, rates, sites=(SITE,))
