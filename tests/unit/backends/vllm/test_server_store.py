@@ -116,6 +116,8 @@ def test_an_upload_is_never_unpickled(tmp_path: Path) -> None:
         with pytest.raises(Refusal) as caught:
             read_upload(data, "trap")
         assert caught.value.reason == "bad_file"
+        assert "does not begin with the header of a safetensors file" in str(caught.value)
+        assert "codec" not in str(caught.value)
     assert not marker.exists()
     pickle.loads(pickle.dumps(Trap(marker)))  # the trap would have worked
     assert marker.exists()

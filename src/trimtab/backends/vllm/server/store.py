@@ -142,6 +142,13 @@ def read_upload(data: bytes, name: str) -> Steering:
     Raises:
         Refusal: bytes that are no steering file.
     """
+    end = 8 + int.from_bytes(data[:8], "little")
+    if not (data[8:9] == b"{" and end <= len(data)):  # length of the header, then JSON
+        raise Refusal(
+            f"the upload {name!r} of {len(data)} bytes is not a steering file: it does not begin with the header of a "
+            "safetensors file; send what Steering.save wrote",
+            reason="bad_file",
+        )
     try:
         return Steering.loads(data, name=f"the upload {name!r}")
     except InputError as error:
