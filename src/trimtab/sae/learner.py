@@ -79,7 +79,7 @@ class Learner:
         """The latents that this process holds."""
         self.shards: Shards | None = None
         """Where the whole parameters come from, when this process keeps a part."""
-        self._parameters = self._begin(first_parameters(config, self._generator))
+        self._parameters = self._begin()
         self._updater = Updater(
             self.optim, self._parameters, self.scales, self.precision, decoder_norm=config.decoder_norm
         )
@@ -337,18 +337,25 @@ class Learner:
             watch=watch,
         )
 
-    def _begin(self, unscaled: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return this process's part of the parameters, as they are stored."""
-        mine = {name: value if name == "b_dec" else value[self.own] for name, value in unscaled.items()}
-        if self._shared is None:
+    def _begin(self) -> dict[str, Tensor]:
+        """Return this process's part of the first parameters, as they are stored."""
+        mesh = self._shared
+        if mesh is None:
+            mine = first_parameters(self.config, self._generator, lambda whole: whole[self.own])
             return {name: self._stored(name, value) for name, value in mine.items()}
         from trimtab.sae._mesh import part_of
         from trimtab.sae.shards import Shards
 
-        shapes = {name: torch.empty_like(value, dtype=self._dtype(name), device="meta") for name, value in mine.items()}
-        self.shards = Shards(shapes, self._shared, self.precision, self.device)
-        for name, value in mine.items():
-            self.shards.own[name].copy_(self._stored(name, part_of(value, self._shared)))
+        part = first_parameters(self.config, self._generator, lambda whole: part_of(whole[self.own], mesh).clone())
+        part["b_dec"] = part_of(part["b_dec"], mesh)
+        count = {name: self.own.stop - self.own.start for name in part} | {"b_dec": self.config.output}
+        shapes = {
+            name: torch.empty(count[name], *value.shape[1:], dtype=self._dtype(name), device="meta")
+            for name, value in part.items()
+        }
+        self.shards = Shards(shapes, mesh, self.precision, self.device)
+        for name, value in part.items():
+            self.shards.own[name].copy_(self._stored(name, value))
         return self.shards.own
 
     def _dtype(self, name: str) -> torch.dtype:
