@@ -250,6 +250,8 @@ class MatrixChange:
     """Bound e of the randomised decomposition: the true value lies within [s, sqrt(s^2 + e^2)]; 0 when it is exact."""
     effective_rank: float
     """Of the difference: participation ratio of its singular values, (sum of s^2)^2 / (sum of s^4)."""
+    effective_rank_error: float = 0.0
+    """Its standard error: what lies beyond the leading singular values is estimated; 0 when it is exact."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -108,6 +108,7 @@ def _matrices(context: Context) -> list[MatrixChange]:
                 spectral=one.spectrum.singular_values,
                 spectral_error=one.spectrum.error,
                 effective_rank=one.spectrum.effective_rank,
+                effective_rank_error=one.spectrum.effective_rank_error,
             )
         )
     return found

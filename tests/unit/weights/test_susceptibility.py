@@ -81,6 +81,22 @@ def test_numbers_are_those_of_numpy(tmp_path: Path) -> None:
             assert np.allclose(found["delta"].to_numpy(), values, atol=1e-9), (name, measure)
 
 
+def test_whole_matrices_come_with_the_errors_of_their_spectra(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    base, tuned = saved_pair(tmp_path, noisy)
+    for rank, exact in ((4, False), (32, True)):
+        report = measure_susceptibility(base, tuned, directions(), layers=1, rank=rank).report
+        found = next(one for one in report.matrices if one.matrix == "gate")
+        sides = [load_file(one / "model.safetensors")["model.layers.1.mlp.gate_proj.weight"] for one in (base, tuned)]
+        true = torch.linalg.svdvals((sides[1] - sides[0]).double())
+        assert len(found.spectral) == rank and (found.spectral_error == found.effective_rank_error == 0) == exact
+        for value, one in zip(true.tolist(), found.spectral, strict=False):
+            assert one * (1 - 1e-6) <= value <= (one**2 + found.spectral_error**2) ** 0.5 * (1 + 1e-6)
+        effective = float(true.square().sum() ** 2 / true.pow(4).sum())
+        assert abs(found.effective_rank - effective) <= 5 * found.effective_rank_error + 1e-3 * effective
+
+
 def test_a_scaled_norm_changes_lengths_and_no_angle(tmp_path: Path) -> None:
     def change(model: nn.Module) -> None:
         model.get_submodule("model.layers.1").input_layernorm.weight.mul_(1.1)
