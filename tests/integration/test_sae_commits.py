@@ -53,6 +53,7 @@ def test_the_plan_that_ships_passes_a_sound_trainer_and_flags_one_that_starts_wi
 
 
 @pytest.mark.full
+@pytest.mark.timeout(3600)
 def test_the_plan_that_ships_passes_a_commit_that_changes_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
