@@ -7,6 +7,7 @@ from trimtab.directions.capping import CappingFile, load_capping
 from trimtab.directions.controls import permuted_control, random_control
 from trimtab.directions.direction import Direction
 from trimtab.directions.gguf_file import GGUFVectors, read_gguf, steering_to_gguf, write_gguf
+from trimtab.directions.origin import check_origin
 from trimtab.directions.readers import load_direction
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Direction",
     "GGUFVectors",
     "calibrate",
+    "check_origin",
     "convert_strength",
     "load_capping",
     "load_direction",

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from trimtab.backends import Message, ModelInfo, Prompt
-from trimtab.directions import Direction, load_direction, random_control
-from trimtab.errors import InputError, SiteError, SteeringError
+from trimtab.directions import Direction, check_origin, load_direction, random_control
+from trimtab.errors import InputError, SiteError
 from trimtab.sites import Site
 from trimtab.steering import Add, Positions, Steering, SteeringVector
 
@@ -212,12 +212,8 @@ def _read(name: str, given: VectorInput, info: ModelInfo, layer: int | None) -> 
     except InputError as error:
         raise type(error)(f"vector {name!r}: {error}") from error
     known = given if isinstance(given, SteeringVector) else read.calibrated
-    made_on = known.model_digest if known is not None else ""
-    if made_on and info.weights_digest and made_on != info.weights_digest:
-        raise SteeringError(
-            f"vector {name!r} was made on a model of digest {made_on[:12]}, and this one has "
-            f"{info.weights_digest[:12]}; pass its bare tensor to use it here on purpose"
-        )
+    if known is not None:
+        check_origin(known.model_digest, info.weights_digest, f"vector {name!r}")
     where = read.site
     if where is None or (layer is not None and ready):
         level = read.layer if layer is None else layer

@@ -176,9 +176,19 @@ def test_buffers_cover_every_variant() -> None:
     }
 
 
+def test_digests_of_two_kinds_are_no_two_models(model: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    """A vector made on a module in memory, or shipped with the package, steers the model that a directory holds."""
+    ready = SteeringVector.load(testbed.direction("animal").file)
+    assert ready.model_digest and ready.model_digest.partition(":")[0] != model.info.weights_digest.partition(":")[0]
+    assert len(make_variants({"animal": ready}, model.info, scales=[0.5])) == 2
+    assert "whether this is the model that it was made on cannot be told" in caplog.text
+
+
 def test_what_makes_no_sense_is_refused_before_anything_is_written(model: Backend, tmp_path: Path) -> None:
     out = tmp_path / "r"
-    vector = SteeringVector.of([1.0] * model.info.hidden_size, site=Site("resid_post", 1), model_digest="0" * 64)
+    vector = SteeringVector.of(
+        [1.0] * model.info.hidden_size, site=Site("resid_post", 1), model_digest="xxh3:full:0123"
+    )
     cases: list[tuple[str, dict[str, Any], type[Exception]]] = [
         ("2 times the same", {"samples": 2}, InputError),
         ("at least 1 of each", {"max_tokens": 0}, InputError),
@@ -188,7 +198,11 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(model: Backen
         ("hidden_size|width|128", {"vectors": {"v": SteeringVector.of([1.0, 2.0])}}, InputError),
         ("does not say its layer", {"vectors": {"v": "random:1"}}, InputError),
         ("layer 9 is outside 0 to 5", {"vectors": {"v": "random:1"}, "layer": 9}, InputError),
-        ("made on a model of digest 000000000000", {"vectors": {"v": vector}}, SteeringError),
+        (
+            "made on a model of digest xxh3:full:0123, and this one has xxh3:full:",
+            {"vectors": {"v": vector}},
+            SteeringError,
+        ),
         ("are for vllm", {"engine": {"block_size": 16}}, InputError),
         ("animal: no strength to run at; give scales", {"scales": []}, InputError),
         ("and no vector to run at them", {"vectors": {}}, InputError),

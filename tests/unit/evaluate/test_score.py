@@ -13,11 +13,13 @@ import pytest
 
 from trimtab import testbed
 from trimtab.backends import Backend
-from trimtab.errors import InputError
+from trimtab.errors import InputError, SteeringError
 from trimtab.evaluate import TestbedScorer, load, rollouts, score
 from trimtab.evaluate.scorers import Mark, Output, projections, vector_classifier
 from trimtab.results import from_json, to_json
 from trimtab.results.evaluation import Evaluation
+from trimtab.sites import Site
+from trimtab.steering import SteeringVector
 from trimtab.testing.models import tiny, tiny_tokenizer
 
 
@@ -146,6 +148,12 @@ def test_the_vector_as_a_classifier(model: Backend) -> None:
         projections(model, "testbed:animal", [ids], skip=[len(ids)])
     with pytest.raises(InputError, match="does not say its site"):
         projections(model, "random:3", texts[:1])
+
+
+def test_a_vector_of_another_model_scores_nothing(model: Backend) -> None:
+    foreign = SteeringVector.of([1.0] * 128, site=Site("resid_post", 3), model_digest="xxh3:full:0123")
+    with pytest.raises(SteeringError, match="was made on a model of digest xxh3:full:0123"):
+        projections(model, foreign, ["the fox"])
 
 
 def test_an_unfinished_run_is_scored_as_far_as_it_goes(model: Backend, run: Path, tmp_path: Path) -> None:

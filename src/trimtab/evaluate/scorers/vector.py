@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trimtab.backends import Backend, Capture, Prompt, Request
-from trimtab.directions import Direction, load_direction
+from trimtab.directions import Direction, check_origin, load_direction
 from trimtab.errors import InputError
 from trimtab.evaluate.scorers.base import Mark, Output
 from trimtab.evaluate.scorers.held_out import classifier_report, split_questions
@@ -70,8 +70,12 @@ def projections(
 
     Raises:
         InputError: no site, or a text of which nothing is left.
+        SteeringError: the vector was made on other weights.
     """
     read = load_direction(vector, hidden_size=backend.info.hidden_size)
+    known = vector if isinstance(vector, SteeringVector) else read.calibrated
+    if known is not None:
+        check_origin(known.model_digest, backend.info.weights_digest, f"vector {read.source}")
     where = site or (str(read.site) if read.site is not None else "")
     if not where:
         raise InputError("the vector does not say its site; give site=, such as layers.3.resid_post")

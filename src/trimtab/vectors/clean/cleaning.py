@@ -14,7 +14,7 @@ import torch
 
 from trimtab._base.files import atomic_write_text, safe_name
 from trimtab.backends import Backend, open_backend
-from trimtab.directions import load_direction
+from trimtab.directions import check_origin, load_direction
 from trimtab.errors import InputError, VectorError
 from trimtab.results import to_dict, to_json
 from trimtab.results.vectors_clean import CleanedSite, CleanedVector, Cleaning
@@ -187,6 +187,9 @@ def _measure(
     removed: dict[Site, Contamination] = {}
     warnings: list[str] = []
     labelled: dict[str, _Labelled] = {}
+    for name, vector in loaded.items():
+        if backend is not None:
+            _check_model(name, vector, backend)
     for name, source in sources.items():
         assert backend is not None
         contrast = load(source)
@@ -207,6 +210,15 @@ def _measure(
             warnings += [f"{site}: {said}"] if said else []
     warnings += [f"{site}: {one.degeneracy}" for site, one in removed.items() if one.degeneracy]
     return removed, labelled, warnings
+
+
+def _check_model(name: str, vector: SteeringVector, backend: Backend) -> None:
+    check_origin(vector.model_digest, backend.info.weights_digest, f"vector {name!r}")
+    if len(vector.direction) != backend.info.hidden_size:
+        raise VectorError(
+            f"vector {name!r} has width {len(vector.direction)}, and the states of {backend.model_id} have width "
+            f"{backend.info.hidden_size}; give the model that it was made on"
+        )
 
 
 def _neutral(

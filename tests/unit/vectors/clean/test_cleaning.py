@@ -13,7 +13,7 @@ import torch
 
 from trimtab import testbed
 from trimtab.backends import Backend, open_backend
-from trimtab.errors import InputError, RecipeError, VectorError
+from trimtab.errors import InputError, RecipeError, SteeringError, VectorError
 from trimtab.results import from_json
 from trimtab.results.vectors_clean import Cleaning
 from trimtab.sites import Site
@@ -178,6 +178,16 @@ def test_bad_input() -> None:
         clean(raw, neutral=neutral(), source="concepts")
     with pytest.raises(VectorError, match="does not say at which site"):
         clean({"a": SteeringVector.of(torch.ones(4))}, source="concepts")
+
+
+def test_a_vector_of_another_model_is_refused(backend: Backend) -> None:
+    narrow = SteeringVector.of(torch.ones(4), site=SITE)
+    with pytest.raises(VectorError, match="vector 'a' has width 4, and the states of testbed have width 128"):
+        clean({"a": narrow}, model=backend, neutral=neutral())
+    foreign = SteeringVector.of(torch.ones(128), site=SITE, model_digest="xxh3:full:0123")
+    with pytest.raises(SteeringError, match="vector 'a' was made on a model of digest xxh3:full:0123"):
+        clean({"a": foreign}, model=backend, neutral=neutral())
+    assert clean({"a": foreign, "b": vectors("animal")["animal"], "c": vectors("object")["object"]}, source="concepts")
 
 
 def test_a_hook_that_collects_too_little_names_site_and_concept(
