@@ -133,6 +133,17 @@ def steering_input(file: str | None, steer: Steer) -> str | Steer | None:
     return file
 
 
+def noise_runs(runs: list[Path] | None) -> Path | tuple[Path, ...]:
+    """Return what `noise=` takes: one run of the reference repeated, or two; empty when none was given.
+
+    Raises:
+        InputError: more than two.
+    """
+    if runs and len(runs) > 2:
+        raise InputError(f"--noise takes one run, or two that differ by noise only; got {len(runs)}")
+    return runs[0] if runs and len(runs) == 1 else tuple(runs or ())
+
+
 def given(**values: Any) -> dict[str, Any]:
     """Return the arguments that are neither None, False nor empty."""
     return {key: value for key, value in values.items() if value is not None and value is not False and value != ()}

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, LineOutput, run
-from trimtab.cli._options import given
+from trimtab.cli._options import given, noise_runs
 from trimtab.errors import InputError
 
 
@@ -56,13 +56,10 @@ def compare(
         ray: compare on this Ray cluster: "auto", HOST:PORT or "local"; the traces lie on storage that it shares.
         html: also write the report there.
     """
-    runs = noise or []
-    if len(runs) > 2:
-        raise InputError(f"--noise takes one run, or two that differ by noise only; got {len(runs)}")
     kwargs = given(
         verdict=verdict if verdict != "calibrated" else None,
         rules=tuple(rule or ()),
-        noise=runs[0] if len(runs) == 1 else tuple(runs),
+        noise=noise_runs(noise),
         waive=tuple(waive or ()),
         expect=expect,
         verify=verify,

@@ -8,7 +8,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, Output, run
-from trimtab.cli._options import given
+from trimtab.cli._options import given, noise_runs
 
 
 def triage(
@@ -22,7 +22,7 @@ def triage(
     transplant: str | None = None,
     verdict: str = "calibrated",
     rule: Annotated[list[str] | None, Parameter(negative="")] = None,
-    noise: Path | None = None,
+    noise: Annotated[list[Path] | None, Parameter(negative="", consume_multiple=True)] = None,
     waive: Annotated[list[str] | None, Parameter(negative="")] = None,
     expect: Path | None = None,
     config: str | None = None,
@@ -45,7 +45,8 @@ def triage(
             the reference's and shows whether what follows agrees.
         verdict: calibrated, or the name of a published scale.
         rule: "REGEX: PREDICATE", first match wins; repeat for several.
-        noise: a trace of the reference run repeated with another batch composition; replaces the rounding model.
+        noise: a run of the reference repeated with another batch composition, or two such runs; their difference
+            replaces the rounding model.
         waive: a name that may be missing, skipped or inconclusive; repeat for several.
         expect: a file that lists what must be there.
         config: this configuration of the candidate.
@@ -62,7 +63,7 @@ def triage(
         transplant=transplant,
         verdict=verdict if verdict != "calibrated" else None,
         rules=tuple(rule or ()),
-        noise=noise,
+        noise=noise_runs(noise),
         waive=tuple(waive or ()),
         expect=expect,
         config=config,

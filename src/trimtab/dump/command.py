@@ -192,8 +192,11 @@ def _read(config: DumpConfig, returncode: int) -> DumpRun:
     )
     missing = _missing(config, plan) if counts else ()
     stopped = [f"rank {rank}: {text}" for rank, text in plan.get("stopped", {}).items()]
+    quiet = bool(config.ring and not counts and plan.get("precision"))  # its passes were seen, and none had to be kept
     if returncode:
         reason = f"the program ended with exit code {returncode}; what it recorded is kept"
+    elif quiet:
+        reason = "no NaN or Inf appeared and no exception ended the run, so the ring was not written"
     elif not counts:
         why = next((entry["reason"] for entry in plan.get("not_hooked", ())), "")
         reason = f"nothing was recorded: {why or 'no model was called, or its Python has no trimtab'}"
@@ -202,7 +205,7 @@ def _read(config: DumpConfig, returncode: int) -> DumpRun:
     else:
         reason = stopped[0] if stopped else f"{sum(one.records for one in counts)} records"
     return DumpRun(
-        passed=bool(counts) and not (returncode or missing or stopped),
+        passed=bool(counts or quiet) and not (returncode or missing or stopped),
         finished=not (returncode or stopped),
         reason=reason,
         out=config.out,

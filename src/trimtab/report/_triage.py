@@ -163,7 +163,8 @@ def _answers(triage: Triage) -> tuple[tuple[str, str, str, str], ...]:
     if triage.transplant is not None:
         proof = "proved by a transplant" if triage.transplant.agrees else triage.transplant.reason
     cause = "other settings" if triage.likely_cause else "not recognised"
-    if found.fingerprints:
+    stepped = found.origin == "optimizer" and any(one.group == "optimizer" for one in triage.manifest)
+    if found.fingerprints and not stepped:
         cause = found.fingerprints[0].kind.replace("_", " ")
     elif found.origin == "inputs":
         cause = "other inputs"

@@ -44,6 +44,11 @@ def test_three_noise_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--noise takes one run, or two" in capsys.readouterr().err
 
 
+def test_triage_takes_two_noise_runs_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["triage", "a", "b", "--noise", "c", "d", "--print-python"]) == 0
+    assert "tt.triage('a', 'b', noise=['c', 'd'])" in capsys.readouterr().out
+
+
 def test_lines_come_as_pairs_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     for name, factor in (("a", 1.0), ("b", 1.1)):

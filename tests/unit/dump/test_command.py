@@ -138,6 +138,14 @@ def test_a_program_that_fails_keeps_what_it_recorded(script: Path, tmp_path: Pat
     assert any("the disk is on fire" in problem for problem in Trace.open(tmp_path / "d").problems)
 
 
+def test_a_ring_that_nothing_emptied_is_no_failure(tmp_path: Path) -> None:
+    path = tmp_path / "healthy.py"
+    path.write_text("import torch\nwith torch.no_grad():\n    torch.nn.Linear(2, 2)(torch.ones(1, 2))\n")
+    found = dump.run([sys.executable, str(path)], tmp_path / "d", ring=2)
+    assert found.passed and found.finished and not found.counts
+    assert found.reason.startswith("no NaN or Inf appeared")
+
+
 def test_a_program_without_a_model_records_nothing_and_does_not_pass(tmp_path: Path) -> None:
     found = dump.run([sys.executable, "-c", "print(1)"], tmp_path / "d")
     assert not found.passed and found.reason.startswith("nothing was recorded")

@@ -201,6 +201,17 @@ def test_other_weights_are_said_before_what_they_cause(write: Write) -> None:
     assert found is not None and (found.origin, found.module_path) == ("weights", "a")
 
 
+def test_settings_of_the_optimizer_explain_its_update_before_any_fingerprint(write: Write) -> None:
+    def run(name: str, factor: float, beta: float) -> Path:
+        records = [*chain(X, X), ("a.weight.exp_avg_sq", X[0] * factor, {"kind": "optim", "phase": "fwd_only"})]
+        return write(name, records, plan={"optimizer": {"AdamW": {"group0": {"betas": [0.9, beta]}}}})
+
+    result = triage(run("a", 1.0, 0.999), run("b", 10.0, 0.99))
+    assert result.divergence is not None and result.divergence.origin == "optimizer"
+    assert result.divergence.fingerprints
+    assert result.likely_cause == "the runs differ in optimizer.AdamW.group0.betas ([0.9,0.999] against [0.9,0.99])"
+
+
 def experts(ids: list[list[int]], logits: Tensor | None = None) -> list[Record]:
     fields = {"phase": "fwd_only", "layer": 0}
     routed = [("mlp.topk_ids", torch.tensor(ids), fields)]

@@ -174,7 +174,10 @@ def likely_cause(
     if found.origin == "inputs":
         return f"the two runs were given other inputs ({found.tensor.name}); nothing behind can be judged"
     parts = []
-    if prints:
+    stepped = [one for one in manifest if one.group == "optimizer"] if found.origin == "optimizer" else []
+    if stepped:
+        parts.append(_settings(stepped))
+    if prints and not stepped:
         parts.append(prints[0].detail)
     if hunk is not None:
         fits = fitting(hunk, prints)
@@ -186,12 +189,14 @@ def likely_cause(
             said += f": {one.kind} at line {one.line} ({one.side} `{one.code}`)"
         parts.append(said)
     settings = [one for one in manifest if one.group in ("precision", "optimizer", "versions")]
-    if hunk is None and settings:
-        parts.append(
-            "the runs differ in "
-            + ", ".join(f"{one.key} ({one.reference} against {one.candidate})" for one in settings[:3])
-        )
+    if hunk is None and settings and not stepped:
+        parts.append(_settings(settings))
     return "; ".join(parts)
+
+
+def _settings(differences: Sequence[ManifestDifference]) -> str:
+    said = ", ".join(f"{one.key} ({one.reference} against {one.candidate})" for one in differences[:3])
+    return f"the runs differ in {said}"
 
 
 def next_step(
