@@ -123,6 +123,20 @@ def test_only_the_changed_part_and_what_is_around_it_count() -> None:
     assert rate((change,))[0] == "HIGH"
 
 
+@pytest.mark.parametrize(
+    ("new", "risk"),
+    [
+        ("p.add_argument('--lr', default=1, help='speed')\n", "LOW"),
+        ("p.add_argument('--lr', default=2)\n", "HIGH"),
+        ("p.add_argument('--lr', default=1)\np.add_argument('--loud')\n", "LOW"),
+    ],
+    ids=["a help text", "a default", "an option"],
+)
+def test_options_of_a_program(new: str, risk: str) -> None:
+    old = "p.add_argument('--lr', default=1)\n"
+    assert rate((Change(path="a.py", old_path="a.py", old=old, new=new),))[0] == risk
+
+
 def test_names_that_are_changed_everywhere_alike_are_low() -> None:
     user = "from model import train\n\n\ndef main(model):\n    return train(model, [], None)\n"
     both = (

@@ -40,7 +40,7 @@ class Difference:
 
 
 def clean(text: str) -> ast.Module:
-    """Parse a file without docstrings, annotations, logging, printing and the texts of errors.
+    """Parse a file without docstrings, annotations, logging, printing and the texts of errors and options.
 
     Raises:
         SyntaxError: it is not Python of this interpreter's version.
@@ -142,6 +142,11 @@ class _Cleaner(ast.NodeTransformer):
         if isinstance(node.exc, ast.Call):
             node.exc = node.exc.func
         return node
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if isinstance(node.func, ast.Attribute) and node.func.attr == "add_argument":
+            node.keywords = [one for one in node.keywords if one.arg not in ("help", "metavar")]
+        return self.generic_visit(node)
 
     def visit_Assert(self, node: ast.Assert) -> ast.AST:
         node.msg = None

@@ -124,18 +124,16 @@ def _difference(one: _syntax.Difference, rebound: set[str]) -> tuple[Risk, str]:
 
 def _harmless(one: _syntax.Difference, rebound: set[str]) -> str:
     """In words, what a change is when no number can depend on it; empty when one may."""
-    whole, gone_or_new = one.whole, one.old is None or one.new is None
+    whole = one.whole
     if isinstance(whole, (ast.Import, ast.ImportFrom)):
         return "" if {alias.asname or alias.name for alias in whole.names} & rebound else "imports"
     if isinstance(whole, ast.Assign) and {node.id for node in whole.targets if isinstance(node, ast.Name)} & _ASSIGNED:
         return "interface"
     if isinstance(whole, (ast.Pass, ast.Global, ast.Nonlocal)):
         return "formatting"
-    call = whole.value if isinstance(whole, ast.Expr) else None
+    call = whole.value if isinstance(whole, ast.Expr) and (one.old is None or one.new is None) else None
     if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
-        named = [node.arg for node in one.around if isinstance(node, ast.keyword)]
-        if gone_or_new or set(named) & {"help", "metavar"}:
-            return "command line"
+        return "command line"
     return ""
 
 
@@ -165,16 +163,19 @@ def _identifiers(node: ast.AST) -> Iterator[str]:
         value = getattr(node, name, None)
         if isinstance(value, str):
             yield value
-    if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.isidentifier():
-        yield node.value
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        name = node.value.lstrip("-").replace("-", "_")  # of an option, too
+        if name.isidentifier():
+            yield name
 
 
 def _own_identifiers(node: ast.AST) -> Iterator[str]:
-    """What a node around a change says about it: its keyword, the function called, the variables assigned to."""
+    """What a node around a change says about it: its keyword, the function called, the variable or option."""
     yield from _identifiers(node)
     said: list[ast.AST] = []
     if isinstance(node, ast.Call):
-        said = [node.func]
+        named = getattr(node.func, "attr", "") == "add_argument"
+        said = [node.func, *(one for one in node.args if named)]
     elif isinstance(node, (ast.Assign, ast.AugAssign)):
         said = list(node.targets) if isinstance(node, ast.Assign) else [node.target]
     for one in said:
