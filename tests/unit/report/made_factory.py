@@ -17,6 +17,7 @@ from trimtab.results.evaluation import (
     DosePoint,
     DoseResponse,
     Evaluation,
+    Example,
     ParetoPoint,
     ScoreSummary,
     SideEffects,
@@ -81,6 +82,7 @@ def steering(text: str = "joy") -> Evaluation:
             for at, name in enumerate(variants)
         ),
         dose_responses=doses,
+        examples=tuple(Example(variant=name, question=text, text=f"{text} and a fox .") for name in variants),
         pareto=tuple(
             ParetoPoint(variant=name, scorer="testbed:animal", effect=0.1 * at, damage=1 + at / 3, efficient=at != 2)
             for at, name in enumerate(variants)
