@@ -71,7 +71,7 @@ def an_op(draw, width):
 
 @st.composite
 def a_step(draw):
-    width = draw(st.sampled_from([1, 2, 3, 7, 16, 33, 48]))
+    width = draw(st.sampled_from([1, 2, 3, 7, 16, 32, 33, 48, 64, 96, 160]))
     n = draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     programs = [
