@@ -102,7 +102,7 @@ def stress(
         judge: name -> scorer on other evidence than delta's, likewise.
         judge_settings: of scorers that are the text "judge"; {attribute} in their rubric is the name.
         neutral: texts about nothing in particular, from which "contamination" and "dual" learn; the testbed has some.
-        label_noise: share of the testbed's training pairs whose labels are exchanged.
+        label_noise: share of the testbed's training pairs whose labels are exchanged, spread evenly.
         linear: find the knee by a plain scan.
         seed: of texts, samplers, controls and intervals.
         dtype: of the model.

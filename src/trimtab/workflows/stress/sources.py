@@ -132,7 +132,7 @@ def testbed_attribute(name: str, size: int, seed: int, label_noise: float = 0.0)
         name: a concept or a tone.
         size: examples of each label.
         seed: of the texts.
-        label_noise: share of the training pairs whose labels are exchanged.
+        label_noise: share of the training pairs whose labels are exchanged, spread evenly: every size has its share.
 
     Raises:
         InputError: no such attribute.
@@ -140,7 +140,7 @@ def testbed_attribute(name: str, size: int, seed: int, label_noise: float = 0.0)
     if name not in TESTBED_ATTRIBUTES:
         raise InputError(f"no attribute {name!r} to stress; the testbed has {', '.join(TESTBED_ATTRIBUTES)}")
     pairs = testbed.contrast(name, size, 3 * seed, sentences=SENTENCES)
-    flipped = np.random.default_rng([seed, 7]).random(size) < label_noise
+    flipped = np.diff(np.floor(np.arange(size + 1) * label_noise + np.random.default_rng([seed, 7]).random())) > 0
     held = testbed.contrast(name, HELD_OUT_PAIRS, 3 * seed + 1, sentences=SENTENCES)
     about = testbed.contrast(name, ABOUT_PAIRS, 3 * seed + 2, sentences=SENTENCES)
     kind = lexicon.kind_of(name)
