@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,11 +38,13 @@ def rows() -> Rows:
     return draw
 
 
-def run(precision: Precision, data: list[Tensor], *, scales: Scales | None = None, **settings: object) -> list[float]:
+def run(
+    precision: Precision, data: list[Tensor], *, scales: Scales | None = None, lr: float = 1e-3, **settings: object
+) -> list[float]:
     width = data[0].shape[1]
     made = Learner(
         SAEConfig(**{"d_in": width, "d_sae": 4 * width, **settings}),
-        optim=OptimConfig(lr=1e-3, warmup=20),
+        optim=OptimConfig(lr=lr, warmup=20),
         precision=precision,
         scales=scales,
         total_steps=len(data),
@@ -63,15 +66,17 @@ def test_low_compute_with_float32_masters_tracks_float32(low: str, rows: Rows) -
     assert wide[-1] < 0.5 * wide[0]
 
 
-SMOOTH = {"bandwidth": 0.05, "threshold": 0.02}
+SMOOTH: dict[str, Any] = {"bandwidth": 0.05, "threshold": 0.02}
 """A kernel of 0.001 lets float32 itself drift by 1.4 % when first weights are nudged by 1e-6; this one by 0.3 %."""
+CALM: dict[str, Any] = {"architecture": "topk", "k": 16, "lr": 3e-4}
+"""At a rate of 1e-3 float32 drifts by 1.5 % when first weights are nudged by 1e-6; here by 0.3 %."""
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("settings", [SMOOTH, {"architecture": "topk", "k": 16}], ids=["jumprelu", "topk"])
+@pytest.mark.parametrize("settings", [SMOOTH, CALM], ids=["jumprelu", "topk"])
 @pytest.mark.parametrize("low", LOW)
 def test_low_compute_with_float32_masters_tracks_float32_over_2000_steps(
-    low: str, settings: dict[str, object], rows: Rows
+    low: str, settings: dict[str, Any], rows: Rows
 ) -> None:
     data = rows(2000, 512)
     wide, narrow = smooth(run(Precision(), data, **settings), 250), smooth(run(LOW[low], data, **settings), 250)
