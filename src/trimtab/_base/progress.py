@@ -5,7 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Protocol
+
+_HIDDEN: ContextVar[bool] = ContextVar("trimtab_progress_hidden", default=False)
 
 
 class Progress(Protocol):
@@ -30,15 +33,25 @@ SILENT: Progress = _Silent()
 
 
 @contextmanager
+def hidden() -> Iterator[None]:
+    """Show no progress of what runs within the block."""
+    token = _HIDDEN.set(True)
+    try:
+        yield
+    finally:
+        _HIDDEN.reset(token)
+
+
+@contextmanager
 def progress(description: str, total: float | None = None, *, show: bool | None = None) -> Iterator[Progress]:
     """Show a progress bar on standard error while the block runs.
 
     Args:
         description: what is being done, in a few words.
         total: number of steps; None shows a pulse.
-        show: None shows it on a terminal only.
+        show: None shows it on a terminal only, and not within `hidden`.
     """
-    if not (sys.stderr.isatty() if show is None else show):
+    if not (sys.stderr.isatty() and not _HIDDEN.get() if show is None else show):
         yield SILENT
         return
     from rich.console import Console
@@ -58,7 +71,7 @@ def progress(description: str, total: float | None = None, *, show: bool | None 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Bar(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as bar:
         task = bar.add_task(description, total=total)
 
         class _Shown:

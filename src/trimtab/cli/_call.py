@@ -7,12 +7,14 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from trimtab._base.progress import hidden
 from trimtab.errors import InputError, TrimtabError, UnfinishedError
 
 EXIT_FAILED, EXIT_UNFINISHED, EXIT_BUG = 1, 3, 70
@@ -28,6 +30,8 @@ class Output:
     """Print one JSON document on standard output; progress stays on standard error."""
     print_python: Annotated[bool, Parameter(negative="")] = False
     """Print the Python call that this command stands for, and do nothing."""
+    quiet: Annotated[bool, Parameter(negative="")] = False
+    """Show no progress on standard error; errors are still said there."""
 
 
 @Parameter(name="*", group="Output")
@@ -113,7 +117,8 @@ def run(
         whole = call if html is None else Call(function="trimtab.report", args=(call, html))
         sys.stdout.write(whole.python() + "\n")
         return 0
-    returned = call(**{stream: _write_line} if by_line and stream else {})
+    with hidden() if output.quiet else nullcontext():
+        returned = call(**{stream: _write_line} if by_line and stream else {})
     result = returned if summarise is None else summarise(returned)
     if html is not None:
         Call(function="trimtab.report", args=(result, html))()
@@ -121,7 +126,7 @@ def run(
         sys.stdout.write(_text(result, output, show).rstrip("\n") + "\n")
     elif not stream:
         _write_lines(result)
-    if html is not None:
+    if html is not None and not output.quiet:
         sys.stdout.flush()
         sys.stderr.write(f"\nreport: {html}\n")
     return exit_code(result)

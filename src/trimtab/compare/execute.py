@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 
+from trimtab._base.progress import progress
 from trimtab.compare._closer import blame, ranks_at, shard_errors, tolerance, worst_elements, worst_rows
 from trimtab.compare._copies import verify_copies
 from trimtab.compare._diverge import FirstOf
@@ -108,11 +110,13 @@ class Execution:
             ComparisonError: the noise runs turned out to be bit-identical.
         """
         verify_copies((self.plan.reference, self.plan.candidate), self.book, verify=self.plan.verify)
-        if parts is None:
-            yield from map(self._record, self.plan.to_judge)
-        else:
-            for part in parts:
-                yield from self._absorb(part)
+        found = (
+            map(self._record, self.plan.to_judge) if parts is None else chain.from_iterable(map(self._absorb, parts))
+        )
+        with progress("compare", len(self.plan.to_judge)) as bar:
+            for record in found:
+                bar.advance()
+                yield record
         noise = self.plan.noise
         if noise is not None and self._noise_used and not self._noise_moved:
             raise noise_is_identical(noise.reference.path, noise.candidate.path)
