@@ -11,7 +11,7 @@ from trimtab.compare.plan import ComparisonPlan
 from trimtab.compare.routing import ROUTED
 from trimtab.errors import InputError
 from trimtab.results._lazy import LazySequence
-from trimtab.results.comparison import Comparison, FirstDivergence, Ledger, RecordVerdict
+from trimtab.results.comparison import Comparison, FirstDivergence, Ledger, LedgerEntry, RecordVerdict
 from trimtab.results.lines import ComparedLine, VerdictLine
 
 Tell = Callable[[ComparedLine | VerdictLine], None]
@@ -69,18 +69,20 @@ def _reason(records: LazySequence[RecordVerdict], ledger: Ledger, first: FirstDi
     failing = [record for record in records.single if not record.passing]
     short = [entry for entry in ledger.entries if entry.waived_by is None]
     if not ledger.reference.compared:
-        return "nothing was compared" + (
-            f": {short[0].kind} in the {short[0].side}: {short[0].name}: {short[0].reason}" if short else ""
-        )
+        return "nothing was compared" + (f": {_entry(short[0])}" if short else "")
     if failing:
         where = first.text if first is not None else failing[0].key.text
         routed = all(record.reasons and record.reasons[0].startswith(ROUTED) for record in failing)
         return f"{ROUTED * routed}{len(failing)} of {len(records)} pairs do not pass; first: {where}"
     if short:
-        entry = short[0]
         more = f" (and {len(short) - 1} more)" if len(short) > 1 else ""
-        return f"incomplete: {entry.kind} in the {entry.side}: {entry.name}: {entry.reason}{more}"
+        return f"incomplete: {_entry(short[0])}{more}"
     return f"all {len(records)} pairs pass ({ledger.reference.compared} {ledger.unit} compared)"
+
+
+def _entry(entry: LedgerEntry) -> str:
+    where = "both" if entry.side == "both" else f"the {entry.side}"
+    return f"{entry.kind} in {where}: {entry.name}: {entry.reason}"
 
 
 def _warnings(execution: Execution, records: LazySequence[RecordVerdict], ledger: Ledger) -> list[str]:

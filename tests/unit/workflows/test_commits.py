@@ -368,6 +368,13 @@ def test_the_environment_of_a_command(repository: LittleRepository, monkeypatch:
     assert any("only its exit code was tested" in one for one in result.warnings)
 
 
+def test_a_command_may_say_that_it_is_not_recorded(repository: LittleRepository) -> None:
+    commands = 'commands: [{run: [python, train.py], name: plain, env: {TRIMTAB_DUMP: ""}}, {run: [python, train.py]}]'
+    repository.commit("Show", **{"train.py": "import os\nassert not os.environ.get('TRIMTAB_DUMP')\n"})
+    result = walk(repository, plan=plan_file(repository, f"seed: 7\n{commands}\n"))
+    assert [one.status for one in result.commits[1].runs] == ["ok", "failed"]
+
+
 def test_user_hooks_do_not_run(repository: LittleRepository, tmp_path: Path) -> None:
     hook = repository.path / ".git" / "hooks" / "post-checkout"
     hook.write_text(f"#!/bin/sh\ntouch {tmp_path}/hooked\n")

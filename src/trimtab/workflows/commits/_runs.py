@@ -172,7 +172,8 @@ class Visit:
         )
         if wrong:
             return made
-        dump = {"TRIMTAB_DUMP": str(folder / "out" / "trace")}
+        recorded = command.env.get("TRIMTAB_DUMP") != ""
+        dump = {"TRIMTAB_DUMP": str(folder / "out" / "trace")} if recorded else {}
         ended = run_command(
             command.fill(values),
             cwd=self._tree,
