@@ -274,7 +274,7 @@ def _gain(given: Mapping[str, str]) -> Gain:
     return KINDS[given["kind"]](**{name: float.fromhex(value) for name, value in given.items() if name != "kind"})
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=512)
 def _blocks(ops: str, prompt_length: int) -> BlockKeys:
     """Return the keys that requests of one steering and one prompt length share.
 
@@ -285,11 +285,16 @@ def _blocks(ops: str, prompt_length: int) -> BlockKeys:
     Raises:
         SteeringError: not of that form.
     """
+    return BlockKeys(_read(ops), prompt_length)
+
+
+@lru_cache(maxsize=512)
+def _read(ops: str) -> tuple[KeyedOp, ...]:
     try:
         listed = [(str(digest), str(where), dict(gain)) for digest, where, gain in json.loads(ops)]
     except (TypeError, ValueError, AttributeError) as error:
         raise _malformed(ops) from error
-    return BlockKeys(read_ops(listed), prompt_length)
+    return read_ops(listed)
 
 
 def _malformed(given: Any) -> SteeringError:
