@@ -87,7 +87,7 @@ def top_of_rows(
     where = np.empty(width + 1, np.int32)
     row = np.empty(width, values.dtype)
     nothing = np.zeros(width, values.dtype)
-    zero = values[0, 0] * 0
+    zero = nothing[0]
     guess = zero + 1
     for b in range(start, stop):
         source = pre[b]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from trimtab.sae import fused
+from trimtab.sae._threads import kernels
 
 E = 0.2
 WIDE = torch.float64
@@ -132,3 +134,13 @@ def test_float16_products_accumulate_in_float32() -> None:
     assert float(fused.matmul(left, right)) == 4096.0
     assert fused.matmul(left, right).dtype == torch.float16
     assert torch.isinf(fused.matmul(left * 100, right * 100)).all()
+
+
+def test_the_largest_of_a_row_do_not_depend_on_what_memory_held() -> None:
+    pre = np.random.default_rng(0).standard_normal((4, 32)).astype(np.float32)
+    cols, counts = np.zeros((4, 3), np.int32), np.zeros(4, np.int64)
+    for held in (0.0, np.nan, np.inf):
+        values = np.full((4, 3), held, np.float32)
+        kernels().top_of_rows(pre, np.zeros(32, np.float32), np.ones(32, np.bool_), 3, cols, values, counts, 0, 4)
+        assert counts.tolist() == [3] * 4
+        assert np.sort(values, axis=1).tolist() == np.sort(pre, axis=1)[:, -3:].tolist()

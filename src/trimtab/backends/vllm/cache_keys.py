@@ -274,7 +274,7 @@ def _gain(given: Mapping[str, str]) -> Gain:
     return KINDS[given["kind"]](**{name: float.fromhex(value) for name, value in given.items() if name != "kind"})
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=256)
 def _blocks(ops: str, prompt_length: int) -> BlockKeys:
     """Return the keys that requests of one steering and one prompt length share.
 
