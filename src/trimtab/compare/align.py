@@ -22,7 +22,8 @@ from trimtab.numerics.pair import channel_square_sums
 from trimtab.numerics.ulp import max_ulp_finite
 from trimtab.trace import Trace
 
-CHUNK_ELEMENTS = 4 << 20
+CHUNK_ELEMENTS = 16 << 20
+CHUNK_ROWS = 1 << 20  # figures of rows are copies
 COPIED_ELEMENTS = 1 << 18  # what is put together is copied: a piece that stays in the cache
 SAMPLE_ELEMENTS = 4 << 20
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
@@ -81,7 +82,7 @@ class Aligned:
     def chunks(self) -> Iterator[Chunk]:
         """Yield rows of both sides in order, as `[rows, width]` views or gathered copies."""
         elements = CHUNK_ELEMENTS if self.views is None else min(CHUNK_ELEMENTS, COPIED_ELEMENTS)
-        step = max(1, elements // max(self.width, 1))
+        step = max(1, min(elements // max(self.width, 1), CHUNK_ROWS))
         for begin in range(0, self.rows, step):
             yield self.between(begin, min(begin + step, self.rows))
 

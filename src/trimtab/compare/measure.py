@@ -122,7 +122,7 @@ class _Sums:
         self.width = chunk.reference.shape[1]
         if chunk.reference.numel() == 0:
             return
-        stats = compare_pair(chunk.reference, chunk.candidate)
+        stats = compare_pair(chunk.reference, chunk.candidate, count_unequal=is_exact(chunk.reference.dtype))
         if self.first_flat is None and (not stats.nonfinite_match or (stats.exact and stats.unequal)):
             self._locate(chunk, stats.exact)
         self._add(chunk.start, stats)
@@ -148,7 +148,7 @@ class _Sums:
         reference_square = energy(norm)
         counts = (stats.nan_reference, stats.nan_candidate, stats.inf_reference, stats.inf_candidate)
         self.numel += stats.numel
-        self.unequal += stats.unequal
+        self.unequal += stats.unequal or 0
         if any(counts):
             self.nonfinite = tuple(map(sum, zip(self.nonfinite, counts, strict=True)))  # type: ignore[assignment]
         self.square += energy(error)

@@ -278,3 +278,48 @@ def test_sums_of_squares_by_channel_leave_out_what_is_not_finite(dtype: torch.dt
         np.nansum(np.where(np.isfinite(wide(values[::2])), wide(values[::2]), 0) ** 2, axis=0),
         rtol=1e-13,
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 8), (3, 5), (4, 2), (9, 1024), (6, 8194), (2, 16385), (262, 24)])
+@pytest.mark.parametrize("trouble", ["none", "nan", "tiny", "zero", "tie"])
+def test_rows_that_are_read_where_they_lie_are_numpy_s_sums(
+    dtype: torch.dtype, shape: tuple[int, int], trouble: str
+) -> None:
+    """Four rows are reduced side by side, leftovers one by one; a row that needs care sends its strip the other way."""
+    reference = make(shape, dtype, 0)
+    candidate = (reference.float() + 0.01 * make(shape, torch.float32, 1)).to(dtype)
+    row, column = shape[0] - 1, shape[1] // 2
+    if trouble == "nan":
+        candidate[row, column] = math.nan
+        reference[0, 0] = math.inf
+    elif trouble == "tiny":  # the product of sides this far apart is lost between their squares
+        candidate[row] = reference[row] * 1e-9
+    elif trouble == "zero":
+        candidate[row] = 0
+    elif trouble == "tie":
+        for side, value in ((reference, 1), (candidate, 9)):  # the first of them in the order of the elements
+            side[0, -1] = side[1:, 0] = value
+    r, c = wide(reference), wide(candidate)
+    good = np.isfinite(r) & np.isfinite(c)
+    r, c = np.where(good, r, 0.0), np.where(good, c, 0.0)
+    d = c - r
+    found = compare_pair(reference, candidate)
+    assert found.unequal == int(np.sum(d != 0)) + (~good).sum() and found.nonfinite_mismatches == (~good).sum()
+    assert found.max_abs_index == np.unravel_index(np.abs(d).argmax(), shape) and found.max_abs == np.abs(d).max()
+    assert found.mean_reference == pytest.approx(r.sum() / good.sum(), rel=1e-12, abs=1e-14)
+    assert found.mean_error == pytest.approx(d.sum() / good.sum(), rel=1e-11, abs=1e-14)
+    assert found.mae == pytest.approx(np.abs(d).sum() / good.sum(), rel=1e-12)
+    assert found.slope == pytest.approx((r * c).sum() / (r * r).sum(), rel=1e-12)
+    norms = np.linalg.norm(r, axis=1) * np.linalg.norm(c, axis=1)
+    cosine = np.divide((r * c).sum(axis=1), norms, out=np.zeros(shape[0]), where=norms > 0)
+    np.testing.assert_allclose(found.row_cosine, cosine, rtol=1e-12)
+    np.testing.assert_allclose(found.row_error, np.linalg.norm(d, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(found.channel_rms, np.sqrt((d * d).mean(axis=0)), rtol=1e-12)
+    without = dataclasses.replace(found, unequal=None)
+    assert_equal(compare_pair(reference, candidate, count_unequal=False), without)
+
+
+def assert_equal(found: pair.PairStats, expected: pair.PairStats) -> None:
+    for one in dataclasses.fields(pair.PairStats):
+        np.testing.assert_array_equal(getattr(found, one.name), getattr(expected, one.name))
