@@ -739,13 +739,15 @@ def channel_squares(
 ) -> None:
     """Add the squares of the finite elements of every column to `out` [num_columns]."""
     values = np.empty(_DECODED, np.float64)
-    for start in range(0, num_columns, _DECODED):
-        n = min(_DECODED, num_columns - start)
+    for segment in range(0, num_columns, _SEGMENT):
+        end = min(segment + _SEGMENT, num_columns)
         for row in range(num_rows):
-            _decode(address + row * stride + start * itemsize, code, n, values, table)
-            for i in range(n):
-                finite = (_bits_of(values[i]) & np.int64(0x7FFFFFFFFFFFFFFF)) < INF_BITS
-                out[start + i] += values[i] * values[i] if finite else 0.0
+            for start in range(segment, end, _DECODED):
+                n = min(_DECODED, end - start)
+                _decode(address + row * stride + start * itemsize, code, n, values, table)
+                for i in range(n):
+                    finite = (_bits_of(values[i]) & np.int64(0x7FFFFFFFFFFFFFFF)) < INF_BITS
+                    out[start + i] += values[i] * values[i] if finite else 0.0
 
 
 @_jit
