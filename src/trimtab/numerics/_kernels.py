@@ -351,7 +351,7 @@ def _raise(out: Any, tops: Any, row: Any, dd: Any, rr: Any, cc: Any, top: Any) -
 
 @_inlined
 def _one_row(left: Any, right: Any, half: Any, n: Any, channels: Any, out: Any, tops: Any) -> None:
-    """Reduce `n` words of one row where they lie, as `_sums` does but for rc and what is unequal; add d^2 to `channels`.
+    """Reduce `n` words of one row where they lie, as `_sums` but for rc and what is unequal; add d^2 to `channels`.
 
     Adds dd, rr, cc, |d|, r, d to `out` [1, 6] and raises `tops` [1], the bits of max |d|.
     """
@@ -578,7 +578,8 @@ def pair(
 
     Addresses and row strides are in bytes; elements of a row are adjacent. Outputs are added to: `rows` [num_rows, 4]
     (dd, rr, cc, rc), `channels` [num_columns] (sum of d^2; empty when not wanted), `sums` [3] (|d|, r, d), `counts`
-    [7] (six of `_masked`, then unequal, which may be left at 0 when not wanted), `where` [3] = bits of the largest |d| (-1: none yet), its row and column.
+    [7] (six of `_masked`, then unequal, which may be left at 0 when not wanted), `where` [3] = bits of the largest |d|
+    (-1: none yet), its row and column.
     """
     direct = scale == 1.0 and reference_code == candidate_code and reference_code in (F32, BF16)
     halves = direct and reference_code == BF16
