@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,66 @@ def test_a_run_that_does_not_diverge_proves_nothing(tmp_path: Path, ids: torch.T
     result = triage(*traces(tmp_path, ids, scale), transplant=lambda: again(ids))
     assert result.transplant is not None and not result.transplant.reproduced
     assert "not the run that diverged" in result.transplant.reason
+
+
+def test_a_run_that_updates_the_weights_starts_from_the_same_ones_twice(tmp_path: Path, ids: torch.Tensor) -> None:
+    model, backward = again(ids, scale)
+    model.register_buffer("seen", torch.zeros(1))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+
+    def step() -> None:
+        with torch.no_grad():
+            model.embed.weight.mul_(1 + model.seen)
+            model.seen += 1
+        backward()
+        optimizer.step()
+
+    moved = triage(*traces(tmp_path, ids, scale), transplant=lambda: (model, step)).transplant
+    assert moved is not None and moved.reproduced and moved.agrees
+    assert all(one.status == "identical" for one in moved.followers)
+
+
+def test_a_function_is_found_in_the_working_directory(
+    tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_here.py").write_text("def build():\n    return 3\n")
+    ours, theirs = traces(tmp_path, ids, scale)
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    with pytest.raises(InputError, match=r"'made_here:build' returned int; expected"):
+        triage(ours, theirs, transplant="made_here:build")
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def build(:", r"cannot be imported: SyntaxError: .*bad_one\.py, line 1"),
+        ("raise OSError('no data')", "cannot be imported: OSError: no data"),
+        ("def build():\n    return {}['lr']", "failed: KeyError: 'lr'"),
+    ],
+)
+def test_code_of_the_candidate_that_fails_is_one_line(
+    tmp_path: Path, ids: torch.Tensor, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    (tmp_path / "bad_one.py").write_text(text)
+    ours, theirs = traces(tmp_path, ids, scale)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "bad_one", raising=False)
+    with pytest.raises(InputError, match=message) as caught:
+        triage(ours, theirs, transplant="bad_one:build")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_that_fails_is_one_line(tmp_path: Path, ids: torch.Tensor) -> None:
+    model = broken(scale)
+
+    def once() -> None:
+        model(ids)
+        raise ValueError("no\nloss")
+
+    with pytest.raises(InputError, match="the candidate's run failed: ValueError: no loss"):
+        triage(*traces(tmp_path, ids, scale), transplant=lambda: (model, once))
 
 
 def test_weights_take_no_place_in_a_run(tmp_path: Path, ids: torch.Tensor) -> None:

@@ -23,7 +23,7 @@ from trimtab.workflows.triage._routing import is_routing, routing_notes, same_se
 from trimtab.workflows.triage._rows import find_rows, strips
 from trimtab.workflows.triage._source import SourceMap, look_up, make_fix, place, suspect_hunk
 from trimtab.workflows.triage._tensors import Tensor, read_tensors
-from trimtab.workflows.triage._transplant import Candidate, open_candidate, transplant
+from trimtab.workflows.triage._transplant import Candidate, find_candidate, open_candidate, transplant
 
 __all__ = ["transplant", "triage"]
 
@@ -71,6 +71,7 @@ def triage(
     """
     base, head = _revisions(revisions)
     mapped = SourceMap.read(source_map) if source_map is not None else None
+    build = find_candidate(transplant) if isinstance(transplant, str) else transplant
     plan = plan_comparison(reference, candidate, **_known(options))
     comparison = run(plan, jobs=jobs)
     tensors = read_tensors(plan, comparison)
@@ -91,7 +92,8 @@ def triage(
         base, head = _commits(plan)
     prints = _fingerprints(found, calls, plan)
     source, hunk, said = _source(found, judged, prints, mapped, Path(repo) if repo is not None else None, base, head)
-    moved = _transplant(found, plan, transplant) if transplant is not None else None
+    name = transplant if isinstance(transplant, str) else getattr(transplant, "__name__", "the function")
+    moved = _transplant(found, plan, build, name) if build is not None else None
     result = _diverged(found, judged, calls, prints, (source, hunk, moved), plan, comparison)
     return replace(result, notes=(*notes, *said))
 
@@ -220,8 +222,8 @@ def _source(
     return source, suspect_hunk(source, prints), notes
 
 
-def _transplant(found: Found, plan: ComparisonPlan, candidate: str | Candidate) -> Transplanted:
-    model, once = open_candidate(candidate)
+def _transplant(found: Found, plan: ComparisonPlan, candidate: Candidate, name: str) -> Transplanted:
+    model, once = open_candidate(candidate, name)
     return transplant(model, once, reference=plan.reference.trace, key=found.tensor.record.key)
 
 
@@ -249,9 +251,9 @@ def _fix(hunk: Hunk | None, source: SourceReference | None, moved: Transplanted 
         why = f"with the reference's {site} everything behind agrees, and this is the only change of its code"
     elif placed:
         count = f"{len(own)} changes" if own else "no change"
-        why = f"not proved: a transplant proves the place, whose code has {count} in {source.revision}"
+        why = f"a transplant proves the place, whose code has {count} in {source.revision}"
     elif moved is not None and moved.reproduced:
-        why = f"not proved: with the reference's {site} what follows still differs"
+        why = f"with the reference's {site} what follows still differs"
     else:
-        why = f"not proved: no transplant of {site} was made"
+        why = f"no transplant of {site} was made"
     return make_fix(hunk, proved=placed and own == [hunk], why=why)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from trimtab.architectures import describe
 from trimtab.compare import compare
-from trimtab.errors import InputError, SiteError
+from trimtab.errors import InputError, SiteError, TrimtabError
 from trimtab.hooks import HookPoint, HookSet, Visitor, attach, module_handle
 from trimtab.numerics.dtypes import coarser, dtype_name
 from trimtab.results.comparison import Comparison, RecordKey
@@ -27,25 +28,38 @@ _MOST = 2000
 _FIELDS = ("phase", "step", "micro_step", "rank", "site", "layer", "call_index", "kind", "recompute", "config", "dims")
 
 
-def open_candidate(candidate: str | Candidate) -> tuple[nn.Module, Callable[[], object]]:
-    """Return the model and the function that runs it once.
-
-    Args:
-        candidate: a function that returns both, or "module:function" that names it.
+def find_candidate(name: str) -> Candidate:
+    """Import the function that "module:function" names; modules of the working directory are found.
 
     Raises:
-        InputError: no such function, or it returns something else.
+        InputError: it is not written so, or cannot be imported.
     """
-    name = candidate if isinstance(candidate, str) else getattr(candidate, "__name__", "the function")
-    if isinstance(candidate, str):
-        module, colon, function = candidate.partition(":")
-        if not colon:
-            raise InputError(f"transplant={candidate!r}: write module:function, such as train:build_for_debug")
-        try:
-            candidate = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f"transplant={name!r} cannot be imported: {error}") from error
-    made = candidate() if callable(candidate) else None
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise InputError(f"transplant={name!r}: write module:function, such as train:build_for_debug")
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        found: Candidate = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"transplant={name!r} cannot be imported: {error}") from error
+    except Exception as error:
+        raise InputError(f"transplant={name!r} cannot be imported: {_line(error)}") from error
+    finally:
+        sys.path.remove(here)
+    return found
+
+
+def open_candidate(candidate: Candidate, name: str) -> tuple[nn.Module, Callable[[], object]]:
+    """Return the model and the function that runs it once.
+
+    Raises:
+        InputError: the function fails, or returns something else.
+    """
+    try:
+        made = candidate() if callable(candidate) else None
+    except Exception as error:
+        raise InputError(f"transplant={name!r} failed: {_line(error)}") from error
     if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and callable(made[1])):
         raise InputError(
             f"transplant={name!r} returned {type(made).__name__}; expected (model, function that runs it once)"
@@ -53,13 +67,17 @@ def open_candidate(candidate: str | Candidate) -> tuple[nn.Module, Callable[[], 
     return made
 
 
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def transplant(
     model: nn.Module, run: Callable[[], object], *, reference: Trace | str | Path, key: RecordKey | str
 ) -> Transplanted:
     """Replace one tensor of the candidate by the reference's and see whether what follows agrees.
 
-    The candidate runs twice: as it is, and with the replacement. Both are compared with what the reference recorded
-    behind the tensor in the same micro step.
+    The candidate runs twice from the same parameters and buffers: as it is, and with the replacement. Both are
+    compared with what the reference recorded behind the tensor in the same micro step.
 
     Args:
         model: the candidate's model.
@@ -68,7 +86,7 @@ def transplant(
         key: which tensor: a record's key, or a site of which the first record is taken.
 
     Raises:
-        InputError: the reference holds no such tensor, or it does not fit the model.
+        InputError: the reference holds no such tensor, it does not fit the model, or the run fails.
         SiteError: the model has no such site.
     """
     trace = reference if isinstance(reference, Trace) else Trace.open(reference)
@@ -82,9 +100,19 @@ def transplant(
         why = "the reference recorded nothing behind it that this model has"
         return Transplanted(site=site, agrees=False, reproduced=False, reason=why)
     given = trace.tensor(row["record_id"])
+    kept = [(one, one.detach().to("cpu", copy=True)) for one in (*model.parameters(), *model.buffers())]
     before = _observe(model, run, watched, None, site, 0)
+    _put_back(kept)
     after = _observe(model, run, watched, given, site, row["call_index"])
     return _result(site, watched, _judge(trace, watched, before, model), _judge(trace, watched, after, model))
+
+
+def _put_back(kept: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give parameters and buffers that a run changed, an optimizer step or running statistics, their values again."""
+    with torch.no_grad():
+        for tensor, value in kept:
+            if not torch.equal(tensor, value.to(tensor.device)):
+                tensor.copy_(value)
 
 
 def _find(trace: Trace, key: RecordKey | str) -> dict[str, Any]:
@@ -158,7 +186,12 @@ def _observe(
     visitors += [(handles[name], keep(name, ids)) for name, ids in places.items()]
     with attach(model, visitors) as set_hooks:
         hooks.append(set_hooks)
-        run()
+        try:
+            run()
+        except TrimtabError:
+            raise
+        except Exception as error:
+            raise InputError(f"the candidate's run failed: {_line(error)}") from error
     return seen
 
 
