@@ -58,6 +58,7 @@ def test_rounding_passes_and_a_scale_error_diverges(repository: LittleRepository
     assert not second.passed and second.failing == 2 and "hidden" in second.first
     assert result.commits[2].flags[0].kind == "diverged"
     assert third.identical == third.pairs == 4
+    assert [len(one.trace_changes) for one in result.commits] == [0, 1, 1, 1]  # the last is LOW: asked twice, told once
     assert "trimtab triage" in result.next_command and "rounded" not in result.next_command
     assert result.commits[2].runs[0].trace in result.next_command
     good, bad = (result.commits[number].commit[:12] for number in (1, 2))
@@ -73,6 +74,8 @@ def test_a_low_risk_commit_keeps_every_bit(repository: LittleRepository) -> None
     (flag,) = result.commits[1].flags
     assert result.commits[1].risk == "LOW" and flag.kind == "changed"
     assert "2 of 4 tensors are not equal to the bit, first hidden" in flag.text
+    (change,) = result.commits[1].trace_changes
+    assert not change.passed and change.failing == 2 and change.reason in flag.text
 
 
 def test_a_noise_run_replaces_the_rounding_model(repository: LittleRepository, tmp_path: Path) -> None:
