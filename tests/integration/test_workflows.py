@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from inspect import signature
 from pathlib import Path
 
 import polars as pl
@@ -240,6 +241,21 @@ def test_debug_decode_of_the_op_s_arithmetic_and_of_the_model_s(cap: tt.Steer) -
     arithmetic = tt.debug_decode("testbed", text, steering=cap, max_tokens=8, compare_precision="float32")
     before = [step.max_abs_before for step in arithmetic.steps]
     assert max(before) < max(step.max_abs_before for step in dtype.steps)
+
+
+def test_debug_decode_names_the_token_that_the_other_side_chose() -> None:
+    cap = tt.Steer(vector="random:0", layer=2, cap=0.1)
+    result = tt.debug_decode("testbed", "The", steering=cap, max_tokens=2, compare_dtype="float32")
+    assert result.first_divergence == 0 and not result.steps[0].same_token
+    assert result.text.startswith(result.steps[0].token.strip())
+    assert result.reference_text.startswith(result.steps[0].reference_token.strip())
+
+
+def test_the_help_of_debug_decode_shows_its_own_dtype(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["debug-decode", "--help"]) == 0
+    row = next(part for part in capsys.readouterr().out.split("--") if part.startswith("dtype"))
+    default = signature(tt.debug_decode).parameters["dtype"].default
+    assert f"[default: {default}]" in " ".join(row.split())
 
 
 def test_debug_decode_refuses_what_it_cannot_show(cap: tt.Steer) -> None:

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
 from trimtab.cli._call import Call, Output, run
-from trimtab.cli._options import Engine, Model, given, steering_input
+from trimtab.cli._options import Dtype, Engine, Model, given, steering_input
 from trimtab.workflows.config import Steer
+
+
+@Parameter(name="*", group="Model")
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TestedModel(Model):
+    """The model on the side under test."""
+
+    dtype: Dtype = "bfloat16"
+    """The model's dtype on the side under test."""
 
 
 def debug_decode(
@@ -20,7 +30,7 @@ def debug_decode(
     max_tokens: int = 32,
     logprobs: int = 5,
     steer: Steer = Steer(),
-    model: Model = Model(dtype="bfloat16"),
+    model: TestedModel = TestedModel(),
     engine: Engine = Engine(),
     output: Output = Output(),
 ) -> int:

@@ -18,6 +18,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
@@ -173,6 +174,8 @@ def read_manifest(store: Store) -> dict[str, Any]:
         TraceVersionError: a newer version wrote it.
     """
     if store.size(MANIFEST) is None:
+        if Path(store.root).is_file():
+            raise TraceError(f"no trace at {store.root}: it is a file; give the directory of a run")
         found = ", ".join(sorted(store.names("."))[:8])
         raise TraceError(
             f"no trace at {store.root}: it has no {MANIFEST}; "

@@ -44,6 +44,8 @@ class _Ran:
     setting: _Setting
     steering: Steering
     free: Generation
+    names: dict[int, str]
+    """Texts of the tokens that either of its runs passed, by id."""
     side: Side
 
 
@@ -135,17 +137,23 @@ def _run(
 ) -> _Ran:
     bar.describe(f"{setting.label}: free")
     steered = _with(request, spec, None)
-    free = runner.generate([steered])[0]
+    with TraceWriter(place / "free", kind="generation") as writer:
+        free = runner.generate([steered], writer=writer)[0]
     bar.advance()
     tokens = before[0].free.token_ids if before else free.token_ids
     site = one_site(spec, runner.info.num_layers)
     bar.describe(f"{setting.label}: along the reference's tokens")
     capture = Capture(sites=(str(site),), edit=("before", "after"), positions="response")
-    with TraceWriter(place, kind="generation") as writer:
+    with TraceWriter(place / "fed", kind="generation") as writer:
         runner.generate([_with(request, spec, tokens)], capture=capture, writer=writer)
     bar.advance()
-    trace = Trace.open(place)
-    return _Ran(setting, spec, free, Side(setting.label, trace, trace.tokens))
+    trace = Trace.open(place / "fed")
+    names = {
+        token: text
+        for tokens in (Trace.open(place / "free").tokens, trace.tokens)
+        for token, text in tokens.select("token_id", "text").iter_rows()
+    }
+    return _Ran(setting, spec, free, names, Side(setting.label, trace, trace.tokens))
 
 
 def _with(request: Request, spec: Steering, forced: tuple[int, ...] | None) -> Request:
@@ -193,17 +201,15 @@ def _compare(reference: _Ran, tested: _Ran, *, model: str, prompt: str) -> Decod
         reference_text=reference.free.text,
         match_ratio=found.ratio,
         first_divergence=found.first_divergence,
-        steps=tuple(_steps(reference.side, tested.side, site)),
+        steps=tuple(_steps(reference.side, tested.side, site, reference.names | tested.names)),
     )
 
 
-def _steps(reference: Side, tested: Side, site: str) -> list[DecodeStep]:
+def _steps(reference: Side, tested: Side, site: str, names: dict[int, str]) -> list[DecodeStep]:
     count = len(reference.forced(0).ids)
     positions = [position - 1 for position in reference.forced(0).positions]
     tables = {edit: _rows(reference.trace, tested.trace, site, edit) for edit in ("before", "after")}
     caps, reference_caps = (_moves(cap_steps(reference, side, 0, count)) for side in (tested, reference))
-    names = dict(zip(reference.tokens["token_id"].to_list(), reference.tokens["text"].to_list(), strict=True))
-    names |= dict(zip(tested.tokens["token_id"].to_list(), tested.tokens["text"].to_list(), strict=True))
     logprobs = {step.step: step for step in logprob_steps(reference, tested, 0, count, names)}
     steps = []
     for step in range(count):

@@ -163,6 +163,8 @@ def test_no_trace_says_what_is_there(tmp_path: Path) -> None:
         Trace.open(tmp_path)
     with pytest.raises(TraceError, match="nothing is there; give the directory of a run"):
         Trace.open(tmp_path / "no/such")
+    with pytest.raises(TraceError, match=r"notes\.txt: it is a file; give the directory of a run"):
+        Trace.open(tmp_path / "notes.txt")
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"kind": "dump"}', '{"format_version": "1"}'])
