@@ -15,6 +15,7 @@ import trimtab as tt
 from trimtab import testbed
 from trimtab.cli import main
 from trimtab.errors import ComparisonError, InputError, RecipeError, SteeringError, TraceExistsError, UnfinishedError
+from trimtab.report import render_text
 from trimtab.results import Analysis, SweepRun
 from trimtab.sites import Site
 from trimtab.workflows import sweep as sweep_module
@@ -249,6 +250,9 @@ def test_debug_decode_names_the_token_that_the_other_side_chose() -> None:
     assert result.first_divergence == 0 and not result.steps[0].same_token
     assert result.text.startswith(result.steps[0].token.strip())
     assert result.reference_text.startswith(result.steps[0].reference_token.strip())
+    text = render_text(result)
+    assert "'bleak'" in text and "'growth'" in text, "whole tokens in a line"
+    assert "Cap(max=0.1, model) at layers.2.resid_post on all\n" in text
 
 
 def test_the_help_of_debug_decode_shows_its_own_dtype(capsys: pytest.CaptureFixture[str]) -> None:

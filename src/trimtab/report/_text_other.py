@@ -45,7 +45,7 @@ def _decode(result: DecodeComparison, page: TextPage) -> None:
         {
             "prompt": result.prompt,
             "model": result.model,
-            "steering": f"{result.steering} at {result.site}",
+            "steering": result.steering if result.site in result.steering else f"{result.steering} at {result.site}",
             result.reference_label: result.reference_text,
             result.label: result.text,
             "equal": fmt.percent(result.match_ratio),
@@ -53,9 +53,9 @@ def _decode(result: DecodeComparison, page: TextPage) -> None:
         }
     )
     page.table(
-        f"{result.label} against {result.reference_label}, fed the same tokens",
-        (">step", ">position", "reference", "token", ">margin", ">rmse before", ">after", ">rel_l2", ">ULP",
-         ">cap_delta", ">reference", "clamped", ">d logprob", ">shared"),
+        f"{result.label} against {result.reference_label}, fed the same tokens; rmse before and after the op",
+        (">step", ">pos", "reference", "token", ">margin", ">before", ">after", ">rel_l2", ">ULP",
+         ">moved", ">ref", "clamped", ">d logp", ">shared"),
         ((str(step.step), str(step.position), fmt.one_line(repr(step.reference_token), 16),
           "same" if step.same_token else fmt.one_line(repr(step.token), 16), fmt.number(step.reference_margin),
           fmt.number(step.rmse_before), fmt.number(step.rmse_after), fmt.number(step.rel_l2_after),
