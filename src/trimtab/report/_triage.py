@@ -161,7 +161,8 @@ def _answers(triage: Triage) -> tuple[tuple[str, str, str, str], ...]:
     amplified = f"{fmt.number(found.amplification)} times what came in" if found.sentence else ""
     proof = ""
     if triage.transplant is not None:
-        proof = "proved by a transplant" if triage.transplant.agrees else triage.transplant.reason
+        moved = triage.transplant
+        proof = "proved by a transplant" if moved.agrees and moved.reproduced else moved.reason
     cause = "other settings" if triage.likely_cause else "not recognised"
     stepped = found.origin == "optimizer" and any(one.group == "optimizer" for one in triage.manifest)
     if found.fingerprints and not stepped:

@@ -184,6 +184,8 @@ class Transplanted:
     followers: tuple[Follower, ...] = ()
     reproduced: bool = True
     """Whether the run without a transplant showed the difference."""
+    alike: tuple[str, ...] = ()
+    """The same tensor of other modules of that class, which share its code: replaced as well for the rest to agree."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -14,6 +14,7 @@ import torch
 from tests.unit.workflows import planted
 from tests.unit.workflows.planted import Transformer
 from trimtab.errors import InputError
+from trimtab.report import render_text
 from trimtab.trace import TraceWriter
 from trimtab.workflows.triage import transplant, triage
 
@@ -91,6 +92,8 @@ def test_a_run_that_does_not_diverge_proves_nothing(tmp_path: Path, ids: torch.T
     result = triage(*traces(tmp_path, ids, scale), transplant=lambda: again(ids))
     assert result.transplant is not None and not result.transplant.reproduced
     assert "not the run that diverged" in result.transplant.reason
+    assert result.next_check == "transplant into the code and the weights that diverged: this run agrees without one"
+    assert "proved" not in render_text(result)
 
 
 def test_a_run_that_updates_the_weights_starts_from_the_same_ones_twice(tmp_path: Path, ids: torch.Tensor) -> None:
@@ -185,6 +188,29 @@ def test_functions_that_make_no_candidate(tmp_path: Path, ids: torch.Tensor, giv
     ours, theirs = traces(tmp_path, ids, scale)
     with pytest.raises(InputError, match=message):
         triage(ours, theirs, transplant=given)
+
+
+def every_activation(model: Transformer) -> None:
+    for layer in model.layers:
+        layer.mlp.act.kind = "relu"
+
+
+def test_code_that_all_layers_share_is_replaced_in_all_of_them(tmp_path: Path, ids: torch.Tensor) -> None:
+    found = triage(*traces(tmp_path, ids, every_activation), transplant=lambda: again(ids, every_activation))
+    moved = found.transplant
+    assert moved is not None and moved.reproduced and moved.agrees
+    assert moved.site == "module:layers.0.mlp.act.output"
+    assert moved.alike == tuple(f"module:layers.{number}.mlp.act.output" for number in range(1, planted.LAYERS))
+    assert not {one.tensor for one in moved.followers} & {moved.site, *moved.alike}
+    assert f"it and those of {len(moved.alike)} more Activation modules" in moved.reason
+    assert all(one.status == "identical" for one in moved.followers)
+
+
+def test_another_mistake_beside_that_of_all_layers_is_seen(tmp_path: Path, ids: torch.Tensor) -> None:
+    changes = (every_activation, scale)
+    moved = triage(*traces(tmp_path, ids, *changes), transplant=lambda: again(ids, *changes)).transplant
+    assert moved is not None and not moved.agrees and not moved.alike
+    assert "still differ, first module:layers.1" in moved.reason
 
 
 @pytest.mark.parametrize(("more", "proved"), [("", True), ("        keep = x\n", False)])

@@ -224,7 +224,8 @@ def _source(
 
 def _transplant(found: Found, plan: ComparisonPlan, candidate: Candidate, name: str) -> Transplanted:
     model, once = open_candidate(candidate, name)
-    return transplant(model, once, reference=plan.reference.trace, key=found.tensor.record.key)
+    trace, key = plan.reference.trace, found.tensor.record.key
+    return transplant(model, once, reference=trace, key=key, module_path=found.path or "")
 
 
 def _near(calls: Sequence[Call], found: Found) -> tuple[list[Call], int]:
@@ -248,12 +249,15 @@ def _fix(hunk: Hunk | None, source: SourceReference | None, moved: Transplanted 
     own = [one for one in source.hunks if one.distance == 0]
     site = found.tensor.name
     if placed and own == [hunk]:
-        why = f"with the reference's {site} everything behind agrees, and this is the only change of its code"
+        more = (
+            f" and those of {len(moved.alike)} more modules of its class" if moved is not None and moved.alike else ""
+        )
+        why = f"with the reference's {site}{more} everything behind agrees, and this is the only change of its code"
     elif placed:
         count = f"{len(own)} changes" if own else "no change"
         why = f"a transplant proves the place, whose code has {count} in {source.revision}"
     elif moved is not None and moved.reproduced:
         why = f"with the reference's {site} what follows still differs"
     else:
-        why = f"no transplant of {site} was made"
+        why = f"no transplant of {site} was made" if moved is None else moved.reason
     return make_fix(hunk, proved=placed and own == [hunk], why=why)

@@ -206,6 +206,8 @@ def next_step(
     site = found.tensor.name
     if passed or found.origin == "inputs":
         return "give both runs the same inputs and record them again"
+    if transplant is not None and transplant.followers and not transplant.reproduced:
+        return "transplant into the code and the weights that diverged: this run agrees without one"
     if transplant is not None and transplant.agrees:
         return (
             "apply the patch, record again, and compare"

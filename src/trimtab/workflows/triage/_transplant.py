@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,18 +72,25 @@ def _line(error: Exception) -> str:
 
 
 def transplant(
-    model: nn.Module, run: Callable[[], object], *, reference: Trace | str | Path, key: RecordKey | str
+    model: nn.Module,
+    run: Callable[[], object],
+    *,
+    reference: Trace | str | Path,
+    key: RecordKey | str,
+    module_path: str = "",
 ) -> Transplanted:
     """Replace one tensor of the candidate by the reference's and see whether what follows agrees.
 
     The candidate runs twice from the same parameters and buffers: as it is, and with the replacement. Both are
-    compared with what the reference recorded behind the tensor in the same micro step.
+    compared with what the reference recorded behind the tensor in the same micro step. When something still differs and
+    modules behind share the suspect's class, and so its code, a third run replaces the same tensor of these as well.
 
     Args:
         model: the candidate's model.
         run: runs the model once as it was recorded; everything random must be seeded by it.
         reference: the run that is trusted; a trace or its path.
         key: which tensor: a record's key, or a site of which the first record is taken.
+        module_path: the suspect, when others of its class may be replaced with it.
 
     Raises:
         InputError: the reference holds no such tensor, it does not fit the model, or the run fails.
@@ -99,12 +106,26 @@ def transplant(
     if not watched:
         why = "the reference recorded nothing behind it that this model has"
         return Transplanted(site=site, agrees=False, reproduced=False, reason=why)
-    given = trace.tensor(row["record_id"])
+    given = {site: {row["call_index"]: trace.tensor(row["record_id"])}}
     kept = [(one, one.detach().to("cpu", copy=True)) for one in (*model.parameters(), *model.buffers())]
-    before = _observe(model, run, watched, None, site, 0)
+    before = _judge(trace, watched, _observe(model, run, watched, {}), model)
     _put_back(kept)
-    after = _observe(model, run, watched, given, site, row["call_index"])
-    return _result(site, watched, _judge(trace, watched, before, model), _judge(trace, watched, after, model))
+    after = _judge(trace, watched, _observe(model, run, watched, given), model)
+    first = _result(site, before, after)
+    alike = _alike(watched, site, module_path, model) if first.reproduced and not first.agrees else []
+    if not alike:
+        return first
+    for record in alike:
+        other = watched[record][0]
+        given.setdefault(other["site"], {})[other["call_index"]] = trace.tensor(record)
+    rest = {record: place for record, place in watched.items() if record not in alike}
+    if not rest:
+        return first
+    _put_back(kept)
+    after = _judge(trace, rest, _observe(model, run, rest, given), model)
+    name = type(model.get_submodule(module_path)).__name__
+    every = _result(site, before, after, tuple(one for one in given if one != site), name)
+    return every if every.agrees else first
 
 
 def _put_back(kept: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -146,15 +167,27 @@ def _behind(trace: Trace, row: Mapping[str, Any], model: nn.Module) -> dict[int,
     return found
 
 
+def _alike(
+    watched: Mapping[int, tuple[dict[str, Any], HookPoint]], site: str, path: str, model: nn.Module
+) -> list[int]:
+    """Records behind of the same tensor of other modules of the suspect's class; of torch's own classes none."""
+    modules = dict(model.named_modules())
+    tail = site.removeprefix(f"module:{path}.")
+    if path not in modules or tail == site or type(modules[path]).__module__.partition(".")[0] == "torch":
+        return []
+    same = {f"module:{name}.{tail}" for name, one in modules.items() if type(one) is type(modules[path])}
+    return [record for record, (row, _) in watched.items() if row["site"] in same - {site}]
+
+
 def _handle(model: nn.Module, site: str) -> HookPoint:
     return module_handle(model, site) if site.startswith("module:") else describe(model).handle(site)
 
 
 def _observe(
     model: nn.Module, run: Callable[[], object], watched: Mapping[int, tuple[dict[str, Any], HookPoint]],
-    given: torch.Tensor | None, site: str, call_index: int,
+    given: Mapping[str, Mapping[int, torch.Tensor]],
 ) -> Values:  # fmt: skip
-    """Run once, keep what passes the watched places, put `given` in its place."""
+    """Run once, keep what passes the watched places, put `given` (by site and call) in its place."""
     seen: Values = {}
     hooks: list[HookSet] = []
     calls: dict[str, int] = {}
@@ -167,22 +200,23 @@ def _observe(
 
         return visit
 
-    def put(x: torch.Tensor) -> torch.Tensor | None:
-        assert given is not None
-        if hooks[0].call_index(_handle(model, site).site) != call_index:
-            return None
-        if given.shape != x.shape:
-            raise InputError(
-                f"{site}: the reference holds {list(given.shape)}, this run {list(x.shape)}; run the same batch"
-            )
-        return given.to(x.dtype).to(x.device)
+    def put(site: str) -> Visitor:
+        def replace(x: torch.Tensor) -> torch.Tensor | None:
+            value = given[site].get(hooks[0].call_index(_handle(model, site).site))
+            if value is not None and value.shape != x.shape:
+                raise InputError(
+                    f"{site}: the reference holds {list(value.shape)}, this run {list(x.shape)}; run the same batch"
+                )
+            return None if value is None else value.to(x.dtype).to(x.device)
+
+        return replace
 
     places: dict[str, dict[int, int]] = {}
     handles: dict[str, HookPoint] = {}
     for record, (row, handle) in watched.items():
         places.setdefault(row["site"], {})[row["call_index"]] = record
         handles[row["site"]] = handle
-    visitors: list[tuple[HookPoint, Visitor]] = [(_handle(model, site), put)] if given is not None else []
+    visitors: list[tuple[HookPoint, Visitor]] = [(_handle(model, site), put(site)) for site in given]
     visitors += [(handles[name], keep(name, ids)) for name, ids in places.items()]
     with attach(model, visitors) as set_hooks:
         hooks.append(set_hooks)
@@ -215,7 +249,9 @@ def _judge(
         return compare(trace.filter(record_id=list(seen)), path)
 
 
-def _result(site: str, watched: Iterable[int], before: Comparison, after: Comparison) -> Transplanted:
+def _result(
+    site: str, before: Comparison, after: Comparison, alike: tuple[str, ...] = (), name: str = ""
+) -> Transplanted:
     errors = {one.key: one.metrics.rel_l2 if one.metrics is not None else 0.0 for one in before.records}
     followers = tuple(
         Follower(
@@ -232,7 +268,10 @@ def _result(site: str, watched: Iterable[int], before: Comparison, after: Compar
     if not reproduced:
         reason = "the run without a transplant agrees already: it is not the run that diverged"
     elif agrees:
-        reason = f"all {len(followers)} tensors behind it agree once it is the reference's"
+        what = f"it and those of {len(alike)} more {name} modules are" if alike else "it is"
+        reason = f"all {len(followers)} tensors behind it agree once {what} the reference's"
     else:
         reason = f"{len(wrong)} of {len(followers)} tensors behind it still differ, first {wrong[0].tensor}"
-    return Transplanted(site=site, agrees=agrees, reason=reason, followers=followers, reproduced=reproduced)
+    return Transplanted(
+        site=site, agrees=agrees, reason=reason, followers=followers, reproduced=reproduced, alike=alike
+    )
