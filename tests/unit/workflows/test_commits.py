@@ -412,6 +412,11 @@ def test_nondeterminism_of_the_base_is_said_and_is_noise(repository: LittleRepos
         ("--all..HEAD", {}, "unknown revision '--all'"),
         ("HEAD..HEAD", {}, "holds no commit"),
         ("side..HEAD", {}, "is not an ancestor of"),
+        (
+            "HEAD..HEAD~1",
+            {},
+            r"is not an ancestor of [0-9a-f]{12} but comes after it: use [0-9a-f]{12}\.\.[0-9a-f]{12}$",
+        ),
         ("HEAD~1..HEAD", {"repo": "/"}, "is not inside a git repository"),
         ("HEAD~1..HEAD", {"repo": "/nowhere"}, "no directory '/nowhere'"),
         ("HEAD~1..HEAD", {"steps": "LOW"}, "lengths by risk such as"),

@@ -188,13 +188,17 @@ def test_a_file_of_another_machine_is_found_by_the_end_of_its_path(tmp_path: Pat
 def test_a_source_map_names_the_file_of_imported_tensors(tmp_path: Path, repo: Path) -> None:
     for name, factor in (("a", 1.0), ("b", 1.3)):
         with TraceWriter(tmp_path / name, provenance={}) as writer:
+            writer.write("hidden", X, phase="fwd_only", layer=3)
             writer.write("attn_out", X * factor, phase="fwd_only", layer=3)
     rules = tmp_path / "map.yaml"
     rules.write_text(
         f"- {{tensor: 'mlp_.*', file: nothing.py}}\n"
         f"- {{phase: fwd_only, tensor: 'attn_.*', file: '{repo}/pkg/model.py', name: Attention}}\n"
     )
-    source = triage(tmp_path / "a", tmp_path / "b", source_map=rules).source
+    result = triage(tmp_path / "a", tmp_path / "b", source_map=rules)
+    assert "transplant the" not in result.next_check, "a tensor of no module cannot take another's place"
+    assert "record attn_out as the input or output of a module" in result.next_check
+    source = result.source
     assert source is not None
     assert (source.file, source.line, source.found_by) == ("pkg/model.py", 11, "source map")
 

@@ -92,6 +92,10 @@ class Repository:
             InputError: no commit between them, `base` is not an ancestor, or a merge commit among them.
         """
         if not self._is_ancestor(base, head):
+            if self._is_ancestor(head, base):
+                raise InputError(
+                    f"{base[:12]} is not an ancestor of {head[:12]} but comes after it: use {head[:12]}..{base[:12]}"
+                )
             common = self._try("merge-base", base, head)
             hint = f"their merge base is {common[:12]}: use {common[:12]}..{head[:12]}" if common else "they share none"
             raise InputError(f"{base[:12]} is not an ancestor of {head[:12]}; {hint}")

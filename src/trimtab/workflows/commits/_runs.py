@@ -52,7 +52,7 @@ class Place:
     """
 
     def __init__(self, path: str | Path, repository: Repository) -> None:
-        self.path = Path(path).absolute()
+        self.path = Path(path).resolve()
         self._repository = repository
         self._note: dict[str, Any] = {"format_version": WALK_VERSION, "repository": str(repository.root)}
         note = self.path / _WALK

@@ -223,6 +223,8 @@ def next_step(
         return f"record {found.path}.grad_input: it tells this module's backward pass from the code behind it"
     if found.after is None and found.origin in ("module", "tensor"):
         return f"record what goes into {found.path or site}: nothing before it was recorded"
+    if not found.tensor.record.key.site:
+        return f"record {site} as the input or output of a module: then the reference's can take its place in a run"
     step = f"transplant the reference's {site} and see whether what follows agrees"
     if source is not None and not source.revision:
         step += "; give BASE..HEAD to see what changed in " + source.file
