@@ -34,8 +34,10 @@ class DumpCount:
     steps: tuple[int, ...]
     records: int
     fewest: int
-    """Records of the step that has the fewest."""
+    """Records of the step that has the fewest; `left` is no step of the program."""
     most: int
+    left: int = 0
+    """Records of the last number in `steps` when no pass ran in it: the parameters that the last update left."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,8 +72,10 @@ class DumpRun:
         lines = [f"{'PASSED' if self.passed else 'FAILED'}: {self.reason}", f"{self.out}: {self.tag}, {self.level}"]
         for one in self.counts:
             each = str(one.most) if one.fewest == one.most else f"{one.fewest} to {one.most}"
-            steps = f"steps {one.steps[0]} to {one.steps[-1]}" if len(one.steps) > 1 else f"step {one.steps[0]}"
-            lines.append(f"  {one.phase} rank {one.rank}: {steps}, {each} records a step, {one.records} in all")
+            ran = one.steps[:-1] if one.left else one.steps
+            steps = f"steps {ran[0]} to {ran[-1]}" if len(ran) > 1 else f"step {ran[0]}"
+            left = f"; {one.left} of what the last update left;" if one.left else ","
+            lines.append(f"  {one.phase} rank {one.rank}: {steps}, {each} records a step{left} {one.records} in all")
         lines += [f"  missing: {text}" for text in self.missing]
         lines += [f"  not hooked: {text}" for text in self.not_hooked[:20]]
         if len(self.not_hooked) > 20:
@@ -176,17 +180,33 @@ def _execute(command: Sequence[str], config: DumpConfig) -> int:
             raise InputError(f"{command[0]!r} cannot be started: {error.strerror or error}") from error
 
 
+def _count(config: DumpConfig, phase: str, rank: int, steps: dict[int, int]) -> DumpCount:
+    *_, before, last = (-1, *sorted(steps))
+    left = 0
+    if before >= 0:
+        index = Trace.open(config.out).filter(phase=phase, rank=rank).index
+        now, earlier = (index.filter(pl.col("step") == step) for step in (last, before))
+        state = now["site"].is_null().all() and set(now["kind"]) <= {
+            "param",
+            "value",
+        }  # buffers are values of no module
+        left = now.height if state and "param" in set(now["kind"]) and set(now["name"]) < set(earlier["name"]) else 0
+    ran = [number for step, number in steps.items() if step != last or not left]
+    return DumpCount(
+        phase=phase,
+        rank=rank,
+        steps=tuple(sorted(steps)),
+        records=sum(steps.values()),
+        fewest=min(ran),
+        most=max(ran),
+        left=left,
+    )
+
+
 def _read(config: DumpConfig, returncode: int) -> DumpRun:
     plan = _manifest.read_plan(Path(config.out))
     counts = tuple(
-        DumpCount(
-            phase=phase,
-            rank=int(rank),
-            steps=tuple(int(step) for step in steps),
-            records=sum(steps.values()),
-            fewest=min(steps.values()),
-            most=max(steps.values()),
-        )
+        _count(config, phase, int(rank), {int(step): number for step, number in steps.items()})
         for phase, ranks in plan.get("counts", {}).items()
         for rank, steps in sorted(ranks.items(), key=lambda pair: int(pair[0]))
     )

@@ -41,6 +41,7 @@ class Noise(torch.utils.data.Dataset):
 if __name__ == "__main__":
     torch.manual_seed(0 if sys.argv[1] == "seeded" else int.from_bytes(os.urandom(4), "little"))
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    model.register_buffer("scale", torch.ones(1))
     optimizer = torch.optim.AdamW(model.parameters())
     loss_function = nn.MSELoss()
     loader = torch.utils.data.DataLoader(Noise(), batch_size=2, num_workers=1, multiprocessing_context="fork")
@@ -100,7 +101,12 @@ def test_an_untouched_script_is_recorded_and_proved(
     )
     assert trace.filter(step=2, kind="param").index.height == 4  # what the last update left
     text = str(found)
-    assert "fwd_bwd rank 0: steps 0 to 2" in text and "missing: fwd_bwd: positions" in text and "to the bit" in text
+    assert (
+        found.counts[0].left == trace.filter(step=2).index.height == 5 and found.counts[0].fewest > found.counts[0].left
+    )
+    assert "fwd_bwd rank 0: steps 0 to 1, " in text
+    assert f"; {found.counts[0].left} of what the last update left; {found.counts[0].records} in all" in text
+    assert "missing: fwd_bwd: positions" in text and "to the bit" in text
     out, err = capfd.readouterr()
     assert "step done" in err and not out  # standard output is the command's own
 
