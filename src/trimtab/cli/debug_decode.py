@@ -25,7 +25,7 @@ def debug_decode(
     *,
     prompt: Annotated[str, Parameter(alias="-p")],
     steering: str | None = None,
-    compare_precision: Literal["float32", "bfloat16", "float16", "model"] | None = None,
+    compare_precision: Literal["float32", "bfloat16", "float16"] | None = None,
     compare_dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None,
     max_tokens: int = 32,
     logprobs: int = 5,

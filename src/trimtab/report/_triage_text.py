@@ -62,7 +62,10 @@ def _source(page: TextPage, triage: Triage, view: _triage.TriageView) -> None:
         lines = "" if source.line is None else f":{source.line}" + (f"-{source.end}" if source.end else "")
         page.line("")
         page.line(f"Source: {source.file}{lines} {source.name} (from the {source.found_by})", "bold")
-        page.lines(f"  {one.commit[:12]} {one.summary} ({one.lines} lines)" for one in source.blame)
+        page.lines(
+            f"  {one.commit[:12]} {one.summary} ({one.lines} line{'s' if one.lines != 1 else ''})"
+            for one in source.blame
+        )
     for where, hunk in view.hunks[:3]:
         page.line("")
         page.line(f"{hunk.file}, {where}", "bold")

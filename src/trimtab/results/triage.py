@@ -182,6 +182,8 @@ class Transplanted:
     agrees: bool
     reason: str
     followers: tuple[Follower, ...] = ()
+    left_out: int = 0
+    """Tensors behind it that were not looked at: beyond the first 2,000, or not passed by this run."""
     reproduced: bool = True
     """Whether the run without a transplant showed the difference."""
     alike: tuple[str, ...] = ()

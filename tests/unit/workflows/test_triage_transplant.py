@@ -152,8 +152,31 @@ def test_a_run_that_fails_is_one_line(tmp_path: Path, ids: torch.Tensor) -> None
         model(ids)
         raise ValueError("no\nloss")
 
-    with pytest.raises(InputError, match="the candidate's run failed: ValueError: no loss"):
-        triage(*traces(tmp_path, ids, scale), transplant=lambda: (model, once))
+    found = triage(*traces(tmp_path, ids, scale), transplant=lambda: (model, once))
+    assert found.divergence is not None and found.divergence.module_path == "layers.1.attn"
+    moved = found.transplant
+    assert moved is not None and not moved.agrees and not moved.reproduced
+    assert moved.reason == "not made: the candidate's run failed: ValueError: no loss"
+    assert found.fix is None or not found.fix.proved
+    assert "ValueError: no loss" in render_text(found)
+
+
+def test_what_the_run_does_not_pass_is_counted(tmp_path: Path, ids: torch.Tensor) -> None:
+    """The run stops before the loss and its gradients; of the forward pass it leaves out the head."""
+    model = broken(scale)
+
+    def without_head() -> None:
+        hidden = model.embed(ids)
+        for layer in model.layers:
+            hidden = layer(hidden)
+
+    pair = traces(tmp_path, ids, scale)
+    found = triage(*pair, transplant=lambda: (model, without_head)).transplant
+    assert found is not None and found.left_out > 0
+    assert f"{found.left_out} more that the reference recorded there were not looked at" in found.reason
+    whole = triage(*pair, transplant=lambda: again(ids, scale)).transplant
+    assert whole is not None and whole.left_out == 0
+    assert len(whole.followers) == len(found.followers) + found.left_out
 
 
 def test_weights_take_no_place_in_a_run(tmp_path: Path, ids: torch.Tensor) -> None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from trimtab.compare import ComparisonPlan, plan_comparison, run
-from trimtab.errors import InputError
+from trimtab.errors import InputError, TrimtabError
 from trimtab.results.comparison import Comparison, Fingerprint
 from trimtab.results.triage import Fix, Hunk, SourceReference, Transplanted, Triage
 from trimtab.trace import Trace
@@ -72,6 +74,8 @@ def triage(
     base, head = _revisions(revisions)
     mapped = SourceMap.read(source_map) if source_map is not None else None
     build = find_candidate(transplant) if isinstance(transplant, str) else transplant
+    name = transplant if isinstance(transplant, str) else getattr(transplant, "__name__", "the function")
+    again = open_candidate(build, name) if build is not None else None
     plan = plan_comparison(reference, candidate, **_known(options))
     comparison = run(plan, jobs=jobs)
     tensors = read_tensors(plan, comparison)
@@ -92,8 +96,7 @@ def triage(
         base, head = _commits(plan)
     prints = _fingerprints(found, calls, plan)
     source, hunk, said = _source(found, judged, prints, mapped, Path(repo) if repo is not None else None, base, head)
-    name = transplant if isinstance(transplant, str) else getattr(transplant, "__name__", "the function")
-    moved = _transplant(found, plan, build, name) if build is not None else None
+    moved = _transplant(found, plan, *again) if again is not None else None
     result = _diverged(found, judged, calls, prints, (source, hunk, moved), plan, comparison)
     return replace(result, notes=(*notes, *said))
 
@@ -222,10 +225,13 @@ def _source(
     return source, suspect_hunk(source, prints), notes
 
 
-def _transplant(found: Found, plan: ComparisonPlan, candidate: Candidate, name: str) -> Transplanted:
-    model, once = open_candidate(candidate, name)
+def _transplant(found: Found, plan: ComparisonPlan, model: nn.Module, once: Callable[[], object]) -> Transplanted:
+    """The transplant of the suspect; one that fails is told with the rest of what was found."""
     trace, key = plan.reference.trace, found.tensor.record.key
-    return transplant(model, once, reference=trace, key=key, module_path=found.path or "")
+    try:
+        return transplant(model, once, reference=trace, key=key, module_path=found.path or "")
+    except TrimtabError as error:
+        return Transplanted(site=key.site or key.name, agrees=False, reproduced=False, reason=f"not made: {error}")
 
 
 def _near(calls: Sequence[Call], found: Found) -> tuple[list[Call], int]:

@@ -102,7 +102,7 @@ def transplant(
     if not site:
         why = "it is no tensor of a module, so nothing can take its place in a run"
         return Transplanted(site=row["name"], agrees=False, reproduced=False, reason=why)
-    watched = _behind(trace, row, model)
+    watched, behind = _behind(trace, row, model)
     if not watched:
         why = "the reference recorded nothing behind it that this model has"
         return Transplanted(site=site, agrees=False, reproduced=False, reason=why)
@@ -111,7 +111,7 @@ def transplant(
     before = _judge(trace, watched, _observe(model, run, watched, {}), model)
     _put_back(kept)
     after = _judge(trace, watched, _observe(model, run, watched, given), model)
-    first = _result(site, before, after)
+    first = _result(site, before, after, left_out=behind - len(after.records))
     alike = _alike(watched, site, module_path, model) if first.reproduced and not first.agrees else []
     if not alike:
         return first
@@ -124,7 +124,8 @@ def transplant(
     _put_back(kept)
     after = _judge(trace, rest, _observe(model, run, rest, given), model)
     name = type(model.get_submodule(module_path)).__name__
-    every = _result(site, before, after, tuple(one for one in given if one != site), name)
+    left_out = behind - len(alike) - len(after.records)
+    every = _result(site, before, after, tuple(one for one in given if one != site), name, left_out=left_out)
     return every if every.agrees else first
 
 
@@ -152,19 +153,25 @@ def _find(trace: Trace, key: RecordKey | str) -> dict[str, Any]:
     return rows.row(0, named=True)
 
 
-def _behind(trace: Trace, row: Mapping[str, Any], model: nn.Module) -> dict[int, tuple[dict[str, Any], HookPoint]]:
-    """Records after the replaced one in its micro step, with their places in this model; of one pass."""
+def _behind(
+    trace: Trace, row: Mapping[str, Any], model: nn.Module
+) -> tuple[dict[int, tuple[dict[str, Any], HookPoint]], int]:
+    """Records after the replaced one in its micro step, with their places in this model; of one pass. And their count.
+
+    The first are looked at; what this model has no place for, and what lies far behind, is counted only.
+    """
     same = pl.col("order") > row["order"]
     for name in ("phase", "step", "micro_step", "rank", "recompute"):
         same &= pl.col(name) == row[name]
     same &= pl.col("site").is_not_null() & pl.col("shard").is_not_null() & pl.col("kind").is_in([row["kind"], "value"])
     found: dict[int, tuple[dict[str, Any], HookPoint]] = {}
-    for one in trace.index.filter(same).sort("order").head(_MOST).iter_rows(named=True):
+    behind = trace.index.filter(same).sort("order")
+    for one in behind.head(_MOST).iter_rows(named=True):
         try:
             found[one["record_id"]] = (one, _handle(model, one["site"]))
         except SiteError:
             continue
-    return found
+    return found, len(behind)
 
 
 def _alike(
@@ -250,7 +257,7 @@ def _judge(
 
 
 def _result(
-    site: str, before: Comparison, after: Comparison, alike: tuple[str, ...] = (), name: str = ""
+    site: str, before: Comparison, after: Comparison, alike: tuple[str, ...] = (), name: str = "", *, left_out: int
 ) -> Transplanted:
     errors = {one.key: one.metrics.rel_l2 if one.metrics is not None else 0.0 for one in before.records}
     followers = tuple(
@@ -272,6 +279,14 @@ def _result(
         reason = f"all {len(followers)} tensors behind it agree once {what} the reference's"
     else:
         reason = f"{len(wrong)} of {len(followers)} tensors behind it still differ, first {wrong[0].tensor}"
+    if left_out:
+        reason += f"; {left_out} more that the reference recorded there were not looked at"
     return Transplanted(
-        site=site, agrees=agrees, reason=reason, followers=followers, reproduced=reproduced, alike=alike
+        site=site,
+        agrees=agrees,
+        reason=reason,
+        followers=followers,
+        left_out=left_out,
+        reproduced=reproduced,
+        alike=alike,
     )
