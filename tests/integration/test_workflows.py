@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from inspect import signature
@@ -177,6 +178,10 @@ def test_a_sweep_reads_its_options_from_yaml(tmp_path: Path) -> None:
         ({"reference": "float64"}, "is not among the configurations"),
         ({"configs": ["bf16", "bf16", "float32"]}, "two configurations are called 'bf16'"),
         ({"prompts": [" "]}, "prompt is empty"),
+        (
+            {"steering": tt.Steer(vector="random:0", layer=2, cap=1.0, op_math="model")},
+            "each configuration has its own",
+        ),
         ({"max_tokens": 0}, "at least 1 token"),
         ({"run_id": "../x"}, "run id '../x'"),
         ({"model": "/no/such/model"}, "/no/such/model"),
@@ -269,6 +274,8 @@ def test_debug_decode_refuses_what_it_cannot_show(cap: tt.Steer) -> None:
         tt.debug_decode("testbed", "The", steering=cap, compare_dtype="bfloat16")
     with pytest.raises(SteeringError, match="looks at an op"):
         tt.debug_decode("testbed", "The", steering=None)
+    with pytest.raises(InputError, match="op_math='bfloat16' would be ignored here: the two sides differ in it"):
+        tt.debug_decode("testbed", "The", steering=dataclasses.replace(cap, op_math="bfloat16"))
     several = tt.Steering({"layers.{0,1}.resid_post": [tt.Cap(torch.ones(128), max=1.0)]})
     with pytest.raises(SteeringError, match="one site, and this steering has 2"):
         tt.debug_decode("testbed", "The", steering=several)

@@ -41,6 +41,16 @@ def with_math(steering: Steering | None, math: str) -> Steering | None:
     return None if steering is None else steering.with_math(cast(Math, math))
 
 
+def refuse_own_math(given: SteeringInput, instead: str) -> None:
+    """Refuse an op_math where each side has its own.
+
+    Raises:
+        InputError: `given` asks for other arithmetic than the default.
+    """
+    if isinstance(given, Steer) and given.op_math != Steer().op_math:
+        raise InputError(f"op_math={given.op_math!r} would be ignored here: {instead}")
+
+
 def describe(steering: Steering | None) -> str:
     """Return a steering in words."""
     return "none" if steering is None else steering.describe()

@@ -24,8 +24,7 @@ from trimtab.workflows._agreement import match
 from trimtab.workflows._arguments import checked
 from trimtab.workflows._drift import Side, cap_steps, final_edit, logprob_steps, row_metrics
 from trimtab.workflows._open import open_for
-from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
-from trimtab.workflows.config import Steer
+from trimtab.workflows._steer import SteeringInput, build_steering, describe, refuse_own_math, with_math
 from trimtab.workflows.run import as_prompt
 
 
@@ -93,8 +92,7 @@ def debug_decode(
     """
     other = None if compare_dtype is None else dtype_name(compare_dtype)
     tested, reference = _settings(dtype_name(dtype), compare_precision, other)
-    if isinstance(steering, Steer) and steering.op_math != "float32":
-        raise InputError(f"op_math={steering.op_math!r} is what the two sides differ in: give compare_precision")
+    refuse_own_math(steering, "the two sides differ in it; compare_precision names the other side's")
     if max_tokens < 1:
         raise InputError(f"max_tokens is {max_tokens}; at least 1 token must be generated")
     if logprobs < 0:

@@ -28,7 +28,7 @@ from trimtab.workflows._arguments import checked
 from trimtab.workflows._fresh import removed_when_refused
 from trimtab.workflows._open import open_for
 from trimtab.workflows._plan import captured_sites, trace_plan
-from trimtab.workflows._steer import SteeringInput, build_steering, describe, with_math
+from trimtab.workflows._steer import SteeringInput, build_steering, describe, refuse_own_math, with_math
 from trimtab.workflows._sweep_files import Pass, SweepFiles, SweepPlan
 from trimtab.workflows.config import SWEEP_DEFAULTS, Steer, SweepConfig, SweepOptions
 from trimtab.workflows.run import PromptInput, as_prompt
@@ -201,6 +201,7 @@ def _plan(settings: Mapping[str, Any], *, quick: bool) -> tuple[SweepPlan, Steer
         "logprobs": max(2, settings["logprobs"]),
         "engine": dict(settings.get("engine") or {}),
     }
+    refuse_own_math(settings.get("steering"), 'each configuration has its own, such as "hf:bfloat16:model"')
     draft = SweepPlan(**{key: value for key, value in settings.items() if key not in ("backend", "steering")} | made)
     if draft.engine and all(config.backend != "vllm" for config in draft.configs):
         raise InputError("engine settings were given and no configuration runs on vllm: add --backend vllm")
