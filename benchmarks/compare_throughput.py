@@ -59,7 +59,7 @@ def write_pair(folder: Path, dtype: torch.dtype, elements: int) -> Aligned:
 
 def default_pass(aligned: Aligned) -> None:
     """What `compare` does with a pair that passes."""
-    measured = measure_pair(aligned.chunks(), aligned.shape, aligned.dtypes)
+    measured = measure_pair(aligned.fused(), aligned.shape, aligned.dtypes)
     expected = expected_error(aligned.dtypes[0], blocks=None, width=aligned.width)
     status = judge(Calibrated(), measured, expected, aligned, rule=None, layer=None).status
     assert status == "passed", status

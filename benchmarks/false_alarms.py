@@ -66,7 +66,7 @@ def verdict(case: Case, limits: Calibrated) -> tuple[Judgement, float]:
     """Judge a pair as `compare` does; return the verdict and the expected error."""
     pair = Pair(case.key, 0, (0,), (0,), same_digest=False, stored=True)
     aligned = Aligned(pair, Memory(case.reference), Memory(case.candidate))
-    measured = measure(aligned.chunks(), aligned.shape, aligned.dtypes)
+    measured = measure(aligned.fused(), aligned.shape, aligned.dtypes)
     dtype = coarser(*aligned.dtypes)
     if not dtype.is_floating_point:
         expected = expected_error(torch.float32, blocks=0, width=1)

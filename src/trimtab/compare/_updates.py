@@ -198,7 +198,7 @@ class Updates:
 
     def _measure(self, pair: Pair) -> tuple[Aligned, Measured, Expected]:
         aligned = Aligned(pair, *self._traces)
-        return aligned, measure(aligned.chunks(), aligned.shape, aligned.dtypes), self._expect(pair, aligned)
+        return aligned, measure(aligned.fused(), aligned.shape, aligned.dtypes), self._expect(pair, aligned)
 
     def _judge(self, pair: Pair, aligned: Aligned, measured: Measured, expected: Expected) -> Judgement:
         return judge(self._plan.verdict, measured, expected, aligned, rule=None, layer=pair.key.layer)

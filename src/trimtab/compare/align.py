@@ -22,8 +22,9 @@ from trimtab.numerics.pair import channel_square_sums
 from trimtab.numerics.ulp import max_ulp_finite
 from trimtab.trace import Trace
 
-CHUNK_ELEMENTS = 16 << 20
-CHUNK_ROWS = 1 << 20  # figures of rows are copies
+CHUNK_ELEMENTS = 4 << 20
+FUSED_ELEMENTS = 16 << 20  # of the fused pass, which reads what is stored without copies but for figures of rows
+FUSED_ROWS = 1 << 20
 COPIED_ELEMENTS = 1 << 18  # what is put together is copied: a piece that stays in the cache
 SAMPLE_ELEMENTS = 4 << 20
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
@@ -82,7 +83,15 @@ class Aligned:
     def chunks(self) -> Iterator[Chunk]:
         """Yield rows of both sides in order, as `[rows, width]` views or gathered copies."""
         elements = CHUNK_ELEMENTS if self.views is None else min(CHUNK_ELEMENTS, COPIED_ELEMENTS)
-        step = max(1, min(elements // max(self.width, 1), CHUNK_ROWS))
+        return self._cut(max(1, elements // max(self.width, 1)))
+
+    def fused(self) -> Iterator[Chunk]:
+        """Yield the chunks of the fused pass: larger ones where it reads both sides as they are stored."""
+        if self.views is not None or self.pair.positions is not None or self.dtypes[0] != self.dtypes[1]:
+            return self.chunks()
+        return self._cut(max(1, min(FUSED_ELEMENTS // max(self.width, 1), FUSED_ROWS)))
+
+    def _cut(self, step: int) -> Iterator[Chunk]:
         for begin in range(0, self.rows, step):
             yield self.between(begin, min(begin + step, self.rows))
 

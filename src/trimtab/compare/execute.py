@@ -183,7 +183,7 @@ class Execution:
             record = RecordVerdict(status="failed", reasons=(reason,), **known)
             self.first.note(pair, record, None, None)
             return self._done(pair, record)
-        measured = measure(aligned.chunks(), aligned.shape, aligned.dtypes)
+        measured = measure(aligned.fused(), aligned.shape, aligned.dtypes)
         expected, rule = self._expected(pair, aligned), self.plan.rule_for(pair.key)
         judged = judge(self.plan.verdict, measured, expected, aligned, rule=rule, layer=pair.key.layer)
         if not measured.exact:
@@ -381,7 +381,7 @@ def _noise_error(pair: Pair, reference: Trace, candidate: Trace) -> float:
     aligned = Aligned(pair, reference, candidate)
     if not (aligned.fits and aligned.comparable):
         return 0.0
-    measured = measure(aligned.chunks(), aligned.shape, aligned.dtypes)
+    measured = measure(aligned.fused(), aligned.shape, aligned.dtypes)
     relative = relative_rows(measured.row_error, measured.row_norm)
     moved = relative[relative > 0]
     return float(np.median(moved)) if moved.size else 0.0

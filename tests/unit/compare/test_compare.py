@@ -171,7 +171,8 @@ def test_small_chunks_change_nothing(dump: Write, generation: Write, monkeypatch
         (generation("c", {site: X}, ids), generation("d", {site: X * 1.01}, ids, cut=7)),
     ]
     whole = [compare(*pair) for pair in pairs]
-    monkeypatch.setattr(align_module, "CHUNK_ELEMENTS", 300)
+    for name in ("CHUNK_ELEMENTS", "FUSED_ELEMENTS"):
+        monkeypatch.setattr(align_module, name, 300)
     for pair, before in zip(pairs, whole, strict=True):
         after = compare(*pair)
         ours, theirs = before.records[0], after.records[0]

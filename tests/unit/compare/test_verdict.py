@@ -34,7 +34,7 @@ def judged(
     key = key or RecordKey(name="x")
     pair = Pair(key, 0, (0,), (0,), same_digest=False, stored=True)
     aligned = Aligned(pair, Memory(reference), Memory(candidate))
-    measured = measure(aligned.chunks(), aligned.shape, aligned.dtypes)
+    measured = measure(aligned.fused(), aligned.shape, aligned.dtypes)
     dtype = coarser(*aligned.dtypes)
     dtype = dtype if dtype.is_floating_point else torch.float32
     expected = expected_error(dtype, blocks=blocks_upstream(key, 4), width=aligned.width)

@@ -26,7 +26,7 @@ def row_errors(tensor: Tensor, plan: ComparisonPlan) -> Floats | None:
     aligned = Aligned(tensor.pair, plan.reference.trace, plan.candidate.trace)
     if not (aligned.fits and aligned.comparable):
         return None
-    measured = measure(aligned.chunks(), aligned.shape, aligned.dtypes)
+    measured = measure(aligned.fused(), aligned.shape, aligned.dtypes)
     relative = relative_rows(measured.row_error, measured.row_norm)
     if measured.metrics.nonfinite_match:
         return relative
