@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -26,14 +27,17 @@ def launch(folder: Path, world: int, bad: int) -> Path:
         subprocess.Popen([*command, str(rank), str(world), str(bad)], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
         for rank in range(world)
     ]
+    said: list[bytes] = []
     try:
-        for rank in ranks:
-            _, error = rank.communicate(timeout=180)
-            assert rank.returncode == 0, error.decode()[-2000:]
+        with contextlib.suppress(subprocess.TimeoutExpired):  # then all are killed, which is an end of its own
+            for rank in ranks:
+                said.append(rank.communicate(timeout=180)[1])
     finally:
         for rank in ranks:
             rank.kill()
-            rank.communicate()
+    said += [rank.communicate()[1] for rank in ranks[len(said) :]]
+    ends = [f"rank {i}: {one.returncode}, {said[i].decode()[-2000:]}" for i, one in enumerate(ranks)]
+    assert all(one.returncode == 0 for one in ranks), "\n".join(ends)
     return folder
 
 

@@ -36,7 +36,7 @@ Make = Callable[[Backend, ContrastData], Mapping[Any, SteeringVector]]
 """A method of one's own: (model, contrast data) -> a vector a site."""
 CLEANED = {"contamination": (True, False), "manifold": (False, True), "dual": (True, True)}
 """Method -> (without the contamination, on the manifold)."""
-TRAINING: Mapping[str, Any] = {"loss": "bipo", "learning_rate": 0.2, "epochs": 10, "patience": 0}
+TRAINING: Mapping[str, Any] = {"loss": "bipo", "learning_rate": 0.2, "epochs": 5, "patience": 0}
 MAX_LOSS = 0.05
 """Accuracy that the removal of a contamination may cost a vector; see `CleanConfig.max_loss`."""
 
