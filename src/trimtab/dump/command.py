@@ -186,11 +186,9 @@ def _count(config: DumpConfig, phase: str, rank: int, steps: dict[int, int]) -> 
     if before >= 0:
         index = Trace.open(config.out).filter(phase=phase, rank=rank).index
         now, earlier = (index.filter(pl.col("step") == step) for step in (last, before))
-        state = now["site"].is_null().all() and set(now["kind"]) <= {
-            "param",
-            "value",
-        }  # buffers are values of no module
-        left = now.height if state and "param" in set(now["kind"]) and set(now["name"]) < set(earlier["name"]) else 0
+        kinds = set(now["kind"])
+        state = now["site"].is_null().all() and kinds in ({"param"}, {"param", "value"})  # buffers are values
+        left = now.height if state and set(now["name"]) < set(earlier["name"]) else 0
     ran = [number for step, number in steps.items() if step != last or not left]
     return DumpCount(
         phase=phase,

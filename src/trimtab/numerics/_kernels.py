@@ -3,8 +3,11 @@
 Every kernel takes raw addresses and a storage code, decodes a block of elements into float64 scratch
 that stays in the L1 cache, and reduces the scratch. So one compiled specialisation serves every pair of dtypes, no
 widened copy of a tensor ever exists, and calling costs about two microseconds. Pairs of float32 and of bfloat16 have
-loops of their own, which read four rows where they lie. All kernels release the GIL; threads
-are the caller's (numba's own threading layer forbids concurrent calls or forks, depending on the layer).
+loops of their own, which read four rows where they lie. All kernels release the GIL; threads are the caller's (numba's
+own threading layer forbids concurrent calls or forks, depending on the layer).
+
+They share one file because numba's cache of a kernel looks at the file of that kernel alone: with the decoding in
+another, a change of it would leave old kernels in use.
 
 Only reassociation and contraction are allowed to the optimiser, never "no NaN" assumptions: maxima are taken over bit
 patterns, where for magnitudes the integer order is the order of the values and NaN and Inf lie above all others.

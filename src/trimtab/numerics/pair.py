@@ -101,7 +101,7 @@ class PairStats:
     @property
     def identical(self) -> bool:
         """True when no position differs in value."""
-        return self.nonfinite_match and self.max_abs == 0
+        return self.nonfinite_match and self.max_abs == 0 if self.unequal is None else self.unequal == 0
 
 
 def compare_pair(
@@ -176,7 +176,9 @@ def _compare(
     if total.left_range() and wide:
         scale = _rescue_scale(left, right)
         if scale != 1.0:
+            counts = total.counts  # a small difference may be 0 at another scale
             total = _run(left, right, chosen, per_row, count, common, scale=scale, watch=watch)
+            total.counts = counts
     place = largest(total, left, right, common)
     suspects = np.concatenate(total.suspects) if total.suspects else np.zeros(0, np.int64)
     rescued = None

@@ -323,3 +323,11 @@ def test_rows_that_are_read_where_they_lie_are_numpy_s_sums(
 def assert_equal(found: pair.PairStats, expected: pair.PairStats) -> None:
     for one in dataclasses.fields(pair.PairStats):
         np.testing.assert_array_equal(getattr(found, one.name), getattr(expected, one.name))
+
+
+@pytest.mark.parametrize("engine", ["numba", "torch"])
+def test_a_small_difference_beside_values_that_are_scaled_is_one(engine: pair.Engine) -> None:
+    reference = torch.tensor([1e300, 1e-30], dtype=torch.float64)
+    found = compare_pair(reference, torch.tensor([1e300, 0.0], dtype=torch.float64), engine=engine)
+    assert found.unequal == 1 and not found.identical
+    assert compare_pair(reference, reference.clone(), engine=engine).identical
