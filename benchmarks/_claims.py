@@ -166,6 +166,8 @@ def main(file: str, measure: Callable[[bool], Iterator[Measured]]) -> None:
                 f"  {result['direction']} {result['bound']:g}: {result['state']}",
                 flush=True,
             )
+            if measured.notes:
+                print(f"    {beside(measured.notes)}", flush=True)
     results += [{"name": name, "holds": False, "state": "missing"} for name in known]
     if options.json:
         print(json.dumps({"claims": results, "machine": machine()}, default=_plain))
@@ -179,6 +181,21 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (np.floating, float)) and not math.isfinite(value):
         return str(value)
     return value.item() if isinstance(value, np.generic) else str(value)
+
+
+def beside(notes: dict[str, Any], under: str = "") -> str:
+    """Return notes as one line; of a summary its median."""
+    parts = []
+    for name, value in notes.items():
+        if isinstance(value, dict) and set(value) == {"min", "median", "max"}:
+            value = value["median"]
+        if isinstance(value, dict):
+            parts.append(beside(value, f"{under}{name} "))
+        elif isinstance(value, (list, tuple)) and len(value) == 2:
+            parts.append(f"{under}{name} {value[0]:.4g} to {value[1]:.4g}")
+        else:
+            parts.append(f"{under}{name} {value:.4g}" if isinstance(value, float) else f"{under}{name} {value}")
+    return ", ".join(part.replace("_", " ") for part in parts)
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:

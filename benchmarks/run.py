@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from _claims import bounds
+from _claims import beside, bounds
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "RESULTS.md"
@@ -27,7 +27,8 @@ def table(claims: list[dict[str, Any]]) -> list[str]:
         state = "yes" if one["holds"] else one["state"]
         value = f"{one['value']:.4g} {one['unit']} | {low:.4g} to {high:.4g}"
         lines.append(f"| {one['name']} | {value} | {sign} {one['bound']:g} | {state} |")
-    return lines
+    noted = [one for one in claims if one.get("notes")]
+    return [*lines, *([""] if noted else []), *(f"- {one['name']}: {beside(one['notes'])}" for one in noted)]
 
 
 def main() -> None:

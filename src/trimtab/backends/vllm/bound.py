@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from trimtab.steering import Program
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
+Ints = np.ndarray[Any, np.dtype[np.int64]]
 Key = tuple[Positions, Gain]
+_MAX_SPANS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +36,7 @@ class GainTable:
     tail: Floats | None
     keys: tuple[Key, ...]
     prompt_length: int
+    _selected: dict[tuple[int, int], Ints | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, keys: tuple[Key, ...], prompt_ids: list[int], length: int) -> GainTable:
@@ -72,16 +75,23 @@ class GainTable:
         head = self.rows[start:size]
         return np.concatenate([head, np.broadcast_to(self.tail, (stop - max(start, size), len(self.keys)))])
 
-    def selected(self, start: int, stop: int) -> list[int] | None:
-        """Return how many of the rows [start, stop) each key selects; None when only their tokens tell."""
+    def selected(self, start: int, stop: int) -> Ints | None:
+        """Return how many of the rows [start, stop) each key selects, int64 [K]; None when only their tokens tell."""
+        known = self._selected
+        if (start, stop) not in known:
+            if len(known) >= _MAX_SPANS:
+                known.clear()
+            known[start, stop] = self._select(start, stop)
+        return known[start, stop]
+
+    def _select(self, start: int, stop: int) -> Ints | None:
         size = len(self.rows)
         if self.tail is None and stop > size:
             return None
         counts = (~np.isnan(self.rows[start:stop])).sum(axis=0)
         if self.tail is not None and stop > size:
             counts = counts + (stop - max(start, size)) * ~np.isnan(self.tail)
-        found: list[int] = counts.tolist()
-        return found
+        return np.asarray(counts, dtype=np.int64)
 
 
 def _values(keys: tuple[Key, ...], where: torch.Tensor, prompt: int, ids: torch.Tensor | None) -> Floats:

@@ -253,7 +253,7 @@ class Client:
 
     def params(self, steering: Steering | None = None, **settings: Any) -> Any:
         """Return vLLM's `SamplingParams` for one request: settings of `extra_args`, and those of SamplingParams."""
-        from vllm import SamplingParams
+        from vllm.sampling_params import SamplingParams  # vllm's own attribute imports anew at every look
 
         ours = {
             name: settings.pop(name)

@@ -83,19 +83,20 @@ class Counted:
         places = np.array([one[2:5] for one in listed], dtype=np.int64).reshape(-1, 3)
         self._banks, self._ops, self._keys = places.T
         self._unclamped = np.array([not one[5] for one in listed], dtype=bool)
+        self._some_unclamped = bool(self._unclamped.any())
 
-    def report(self, counts: Ints, selected: Sequence[int] | None) -> OpReports:
+    def report(self, counts: Ints, selected: Ints | None) -> OpReports:
         """Return what the ops did.
 
         Args:
             counts: int64 [banks, J, 3] of one request: rows, clamped rows, rows that would not have been finite.
-            selected: rows that each key selects; None where tokens decide.
+            selected: int64 [keys], rows that each key selects; None where tokens decide.
         """
-        values = np.full((len(self.names), 4), -1, dtype=np.int64)
+        values = np.empty((len(self.names), 4), dtype=np.int64)
         values[:, :3] = counts[self._banks, self._ops]
-        values[self._unclamped, 1] = -1
-        if selected is not None:
-            values[:, 3] = np.asarray(selected, dtype=np.int64)[self._keys]
+        values[:, 3] = -1 if selected is None else selected[self._keys]
+        if self._some_unclamped:
+            values[self._unclamped, 1] = -1
         return OpReports(self.names, values)
 
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.library import Library
 
+from trimtab.backends.vllm.kernels import native
+
 
 class Live(Protocol):
     """A tap of a running engine."""
@@ -44,12 +46,21 @@ _library.impl("site_", _site, "CompositeExplicitAutograd")  # type: ignore[no-un
 _library.impl("site_", lambda x, tap: None, "Meta")  # type: ignore[no-untyped-call]
 
 site_ = torch.ops.trimtab.site_.default
-call = getattr(site_, "_op", site_)
-"""The same without the Python call around it."""
 passes: dict[int, None] = {}
 """Tables (`Step`) whose pass runs and has something to do, by identity."""
 CALLED = "while passes"
 """How compiled graphs call the operator; a part of what names them in caches."""
+
+
+def __getattr__(name: str) -> Any:
+    """`call`, the name under which compiled graphs import the operator: with as little as can be of Python around it.
+
+    It is looked for when a graph for the CPU is loaded, because it may have to be built.
+    """
+    if name != "call":
+        raise AttributeError(f"module {__name__} has no attribute {name!r}")
+    kernel = native()
+    return getattr(site_, "_op", site_) if kernel is None or kernel.site is None else kernel.site
 
 
 def _guarded(node: Any, writeline: Callable[[str], None]) -> None:

@@ -118,14 +118,14 @@ def _table(model: nn.Module) -> Callable[[], Tensor] | None:
     """Return what gives the table of embeddings, where looking tokens up in it gives the bits that the model takes."""
     embed: Any = model.embed_input_ids
     for module in model.modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")
         if "Embedding" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 2:
             if getattr(module, "tp_size", 1) > 1:
                 return None  # each rank holds a part of the table
             ids = torch.arange(min(_PROBED, len(weight)), device=weight.device)
             with torch.inference_mode():
                 same = weight.is_contiguous() and torch.equal(embed(ids), nn.functional.embedding(ids, weight))
-            return partial(getattr, module, "weight") if same else None
+            return partial(module._parameters.__getitem__, "weight") if same else None
     return None
 
 

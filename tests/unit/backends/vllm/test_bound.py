@@ -45,7 +45,8 @@ def test_every_row_has_the_gain_of_its_selection(
     by_token = any(Positions.parse(text).needs_tokens for text, _ in keys)
     assert (counts is None) == (by_token and stop > prompt)
     if counts is not None:
-        assert counts == [sum(not math.isnan(row[key]) for row in expected) for key in range(len(keys))]
+        assert counts.tolist() == [sum(not math.isnan(row[key]) for row in expected) for key in range(len(keys))]
+        assert table.selected(start, stop) is counts
 
 
 def test_a_selection_by_token_says_when_the_tokens_are_missing() -> None:

@@ -13,7 +13,7 @@ A, B = Site.parse("layers.0.resid_post"), Site.parse("layers.3.resid_post")
 def test_reports_are_those_of_a_plain_loop_over_banks_and_ops() -> None:
     counts = np.arange(4 * 3 * 3, dtype=np.int64).reshape(4, 3, 3)
     counted = Counted([(2, A, [("0:Add", 1, True), ("1:Patch", 0, False)]), (0, B, [("0:Cap", 0, True)])])
-    found = counted.report(counts, [70, 80])
+    found = counted.report(counts, np.array([70, 80]))
     assert list(found) == [
         OpReport(str(A), "0:Add", 18, 19, 20, 80),
         OpReport(str(A), "1:Patch", 21, None, 23, 70),
@@ -35,4 +35,4 @@ def test_reports_are_equal_by_what_they_say() -> None:
     assert one != other
     assert repr(one) == repr(tuple(same))
     assert not NOTHING
-    assert not Counted([]).report(np.zeros((0, 2, 3), dtype=np.int64), [])
+    assert not Counted([]).report(np.zeros((0, 2, 3), dtype=np.int64), np.empty(0, np.int64))

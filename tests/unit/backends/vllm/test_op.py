@@ -116,3 +116,42 @@ def test_a_token_outside_the_table_is_refused(step: Step) -> None:
     step.embed(torch.tensor([0, 5]), torch.zeros(5, WIDTH))
     with pytest.raises(RuntimeError, match="token id 5 of 5"):
         op.site_(torch.zeros(2, WIDTH), op.name_of(live))
+
+
+@pytest.mark.skipif(native() is None or native().site is None, reason="needs the kernel and Python's headers")
+def test_the_plain_function_does_what_the_operator_does(step: Step) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(4, WIDTH, generator=generator)
+    streams = [torch.ones(16, WIDTH), torch.ones(16, WIDTH)]
+    step.rows.binding[:4] = torch.tensor([1, 0, 2, 1])
+    step.control[1:4] = torch.tensor([4, 9, 0])
+    step.active = True
+    for stream, call in zip(streams, (op.site_, op.call), strict=True):
+        live = first_tap(step, stream)
+        call(x, op.name_of(live))
+        assert live.calls == 1
+        del live
+    assert torch.equal(*streams)
+    assert not torch.equal(streams[0][:4], torch.ones(4, WIDTH))
+    doubling = Doubling()
+    name = op.enroll("tests.python", doubling)
+    op.call(x, name)
+    assert doubling.calls == 1
+
+
+@pytest.mark.skipif(native() is None or native().site is None, reason="needs the kernel and Python's headers")
+@pytest.mark.parametrize("given", [(), (1, "tap"), (torch.zeros(1, WIDTH), 3), (torch.zeros(1, WIDTH), "tap", 1)])
+def test_the_plain_function_refuses_what_is_no_tensor_and_name(given: tuple[object, ...]) -> None:
+    with pytest.raises(RuntimeError, match="a tensor and a tap's name"):
+        op.call(*given)
+
+
+def test_what_the_plain_function_raises_in_python_arrives() -> None:
+    class Failing(Doubling):
+        def __call__(self, x: Tensor) -> None:
+            raise ValueError("from the tap")
+
+    failing = Failing()
+    name = op.enroll("tests.failing", failing)
+    with pytest.raises(ValueError, match="from the tap"):
+        op.call(torch.zeros(2, WIDTH), name)

@@ -8,7 +8,9 @@ import platform
 import secrets
 import shutil
 import subprocess
+import sysconfig
 import tempfile
+from ctypes import PyDLL, py_object
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +30,7 @@ _log = get_logger(__name__)
 
 
 class Native(NamedTuple):
-    """The operators of steer.cpp."""
+    """What steer.cpp offers: operators, each without the Python call around it."""
 
     bind: Any
     """(tables, residual, dose) -> handle."""
@@ -44,6 +46,8 @@ class Native(NamedTuple):
     without Python, and asks `trimtab::live_` when its `own` says so."""
     leave: Any
     """(tap)."""
+    site: Any
+    """(x, tap): `trimtab::site_` as a plain function; None where Python's headers are missing."""
 
 
 @cache
@@ -54,13 +58,29 @@ def native() -> Native | None:
     """
     try:
         with tempfile.TemporaryDirectory(prefix="trimtab-") as private:
-            torch.ops.load_library(str(_library(Path(private))))  # type: ignore[no-untyped-call]
+            library = str(_library(Path(private)))
+            torch.ops.load_library(library)  # type: ignore[no-untyped-call]
+            plain = _plain(library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         told = getattr(error, "stderr", None) or str(error)
         _log.warning("steering runs as torch operations on the CPU: steer.cpp was not built: %s", told.strip()[-800:])
         return None
-    found = [getattr(torch.ops.trimtab_cpu, name).default for name in Native._fields]
-    return Native(*(getattr(one, "_op", one) for one in found))  # the operator itself, without a Python call around it
+    found = [getattr(torch.ops.trimtab_cpu, name).default for name in Native._fields[:-1]]
+    return Native(*(getattr(one, "_op", one) for one in found), plain)
+
+
+def _plain(library: str) -> Any:
+    if not _headers():
+        return None
+    made = PyDLL(library).trimtab_site
+    made.restype = py_object
+    return made()
+
+
+def _headers() -> str:
+    """Return the folder of Python's headers, "" where they are not installed."""
+    folder = Path(sysconfig.get_path("include"))
+    return str(folder) if (folder / "Python.h").is_file() else ""
 
 
 def _library(private: Path) -> Path:
@@ -91,8 +111,9 @@ def cache_folder() -> Path:
 
 
 def digest() -> str:
-    """Return what names a build: the source, the flags, the compiler, torch and the instructions of this processor."""
+    """Return what names a build: the source, the flags, the compiler, torch, Python and the processor's instructions."""
     parts = [SOURCE.read_text(), *FLAGS, compiler(), torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    parts += [_headers(), sysconfig.get_config_var("SOABI") or ""]
     processor = Path("/proc/cpuinfo")
     if processor.is_file():
         lines = processor.read_text().splitlines()
@@ -112,8 +133,9 @@ def _compile(target: Path) -> None:
     base = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     there = (abi, f"-I{base / 'include'}", f"-L{base / 'lib'}")
+    python = ("-DTRIMTAB_PYTHON", f"-I{_headers()}", "-ltorch_python") if _headers() else ()
     subprocess.run(
-        [found, *FLAGS, *there, str(SOURCE), "-o", str(target), "-ltorch_cpu", "-lc10"],
+        [found, *FLAGS, *there, str(SOURCE), "-o", str(target), *python, "-ltorch_cpu", "-lc10"],
         check=True,
         capture_output=True,
         text=True,

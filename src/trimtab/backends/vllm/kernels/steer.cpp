@@ -5,6 +5,11 @@
 // products by halves (t[i] += t[i + h]): one fixed order per width, whatever the number of rows and threads, and the same
 // order as in _form.py, so that both agree to the bit. Compile without contraction of multiplications and additions.
 
+#ifdef TRIMTAB_PYTHON
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+#endif
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -171,8 +176,9 @@ struct Scratch {
   float *old, *state, *seen, *total, *change, *t, *u;
   void fit(int64_t width, int64_t each) {
     const int64_t w = (width + 31) / 16 * 16;
-    held.resize(w * (6 + each));
-    float* p = held.data();
+    held.resize(w * (6 + each) + LANES);
+    const auto past = reinterpret_cast<uintptr_t>(held.data()) % (LANES * sizeof(float));
+    float* p = held.data() + (past ? LANES - past / sizeof(float) : 0);  // vectors lie in one cache line each
     for (float** one : {&old, &state, &seen, &total, &change, &t, &u}) { *one = p; p += w; }
   }
 };
@@ -617,3 +623,30 @@ TORCH_LIBRARY_IMPL(trimtab_cpu, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(trimtab, CPU, m) { m.impl("site_", &site_); }
+
+#ifdef TRIMTAB_PYTHON
+namespace {
+
+// site_ as a plain Python function of a tensor and the name of a tap: through torch.ops it takes six times as long to get here.
+PyObject* called(PyObject*, PyObject* const* given, Py_ssize_t count) {
+  HANDLE_TH_ERRORS
+  TORCH_CHECK(count == 2 && THPVariable_Check(given[0]) && PyUnicode_Check(given[1]), "site_: a tensor and a tap's name");
+  const at::Tensor& x = THPVariable_Unpack(given[0]);
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_AsUTF8AndSize(given[1], &size);
+  if (!text) return nullptr;
+  std::optional<pybind11::gil_scoped_release> others;
+  if (x.numel() > WORK) others.emplace();
+  site_(x, std::string(text, size));
+  others.reset();
+  Py_RETURN_NONE;
+  END_HANDLE_TH_ERRORS
+}
+
+}  // namespace
+
+extern "C" PyObject* trimtab_site() {
+  static PyMethodDef method{"site_", reinterpret_cast<PyCFunction>(&called), METH_FASTCALL, nullptr};
+  return PyCFunction_New(&method, nullptr);
+}
+#endif
