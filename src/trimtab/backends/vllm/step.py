@@ -112,20 +112,21 @@ class Step:
         self._reach: dict[str, int] = {}
         self._looked_up = 0, 0
         self._held: tuple[Tensor | None, Tensor | None] = None, None  # the kernel knows addresses only
-        weakref.finalize(self, op.passes.pop, id(self), None)
+        self._id = id(self)
+        weakref.finalize(self, op.passes.pop, self._id, None)
 
     @property
     def active(self) -> bool:
         """Whether a pass is running that has something to do."""
-        return id(self) in op.passes
+        return self._id in op.passes
 
     @active.setter
     def active(self, value: bool) -> None:
-        self._control[0] = value
         if value:
-            op.passes[id(self)] = None
+            self._control[0] = 1
+            op.passes[self._id] = None
         else:
-            op.passes.pop(id(self), None)
+            self.end()
 
     def embed(self, ids: Tensor | None, table: Tensor | None) -> None:
         """Have the first tap of the pass begin the stream with rows of a table, in the CPU kernel; None: it has begun.
@@ -361,7 +362,8 @@ class Step:
 
     def end(self) -> None:
         """Have taps do nothing until the next pass begins."""
-        self.active = False
+        self._control[0] = 0
+        op.passes.pop(self._id, None)
 
 
 def _settled(span: Span) -> bool:
