@@ -253,6 +253,7 @@ class VLLMBackend:
             "ignore_eos": True,
             "stop_token_ids": stops,
             "logprobs": request.logprobs,
+            "flat_logprobs": True,
             "detokenize": False,
             **settings,
         }

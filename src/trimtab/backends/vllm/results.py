@@ -50,19 +50,24 @@ class Job:
         completion = output.outputs[0]
         budget = self.request.budget
         self.tokens = [int(token) for token in completion.token_ids][:budget]
-        for token, values in zip(self.tokens, completion.logprobs or [], strict=False):
-            value = values[token].logprob
-            if math.isnan(value):
-                raise NonFiniteError(
-                    f"request {self.name!r}: the logits at position {self.length + len(self.logprobs) - 1} are not "
-                    "finite; the model left the range of its dtype: use bfloat16 or float32, or lower the steering"
-                )
-            self.logprobs.append(value)
-            if self.request.logprobs:
-                best = sorted(values.items(), key=lambda pair: pair[1].rank)
-                self.top.append(tuple((one, info.logprob) for one, info in best)[: self.request.logprobs])
+        if completion.logprobs:
+            self._take_logprobs(completion.logprobs)
         forced = self.request.forced_tokens is not None
         self.stop = "forced" if forced else "eos" if completion.finish_reason == "stop" else "length"
+
+    def _take_logprobs(self, flat: Any) -> None:
+        """Take vLLM's `FlatLogprobs`: of every step the chosen token, then the most likely ones."""
+        starts = flat.start_indices[: len(self.tokens)]
+        self.logprobs = [flat.logprobs[start] for start in starts]
+        for step, value in enumerate(self.logprobs):
+            if math.isnan(value):
+                raise NonFiniteError(
+                    f"request {self.name!r}: the logits at position {self.length + step - 1} are not finite; the model "
+                    "left the range of its dtype: use bfloat16 or float32, or lower the steering"
+                )
+        for step in range(len(starts) if self.request.logprobs else 0):
+            best = sorted(flat[step].items(), key=lambda pair: pair[1].rank)
+            self.top.append(tuple((one, info.logprob) for one, info in best)[: self.request.logprobs])
 
     @property
     def rows(self) -> int:

@@ -66,7 +66,7 @@ def native() -> Native | None:
         _log.warning("steering runs as torch operations on the CPU: steer.cpp was not built: %s", told.strip()[-800:])
         return None
     found = [getattr(torch.ops.trimtab_cpu, name).default for name in Native._fields[:-1]]
-    return Native(*(getattr(one, "_op", one) for one in found), plain)
+    return Native(*[*(getattr(one, "_op", one) for one in found), plain])
 
 
 def _plain(library: str) -> Any:
@@ -111,7 +111,7 @@ def cache_folder() -> Path:
 
 
 def digest() -> str:
-    """Return what names a build: the source, the flags, the compiler, torch, Python and the processor's instructions."""
+    """Return what names a build: source, flags, compiler, torch, Python and the processor's instructions."""
     parts = [SOURCE.read_text(), *FLAGS, compiler(), torch.__version__, torch.backends.cpu.get_cpu_capability()]
     parts += [_headers(), sysconfig.get_config_var("SOABI") or ""]
     processor = Path("/proc/cpuinfo")
