@@ -132,9 +132,8 @@ def rollouts(
             chunk=chunk,
             **sampled,
         )
-        for one in made:  # all of it is refused before a directory is made
-            for prompt in listed:
-                running.encode(apply_prompt(one, prompt, no_system=no_system))
+        for text in dict.fromkeys(apply_prompt(one, prompt, no_system=no_system) for one in made for prompt in listed):
+            running.encode(text)  # all of it is refused before a directory is made
         record = provenance.collect(call={"function": "evaluate.rollouts"}, backend=running.provenance())
         files = _files.create(Path(out), plan, made, record, resume=resume)
         with FileLock(files.path / "rollouts.lock"), progress("rollouts", files.expected) as bar:

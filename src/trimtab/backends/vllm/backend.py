@@ -157,7 +157,7 @@ class VLLMBackend:
     ) -> list[Generation]:
         """Run the requests, all at once as the engine schedules them; see `Backend.generate`."""
         sites = self._captured(capture, writer)
-        jobs = [self._job(name, one, capture) for name, one in zip(name_requests(requests), requests, strict=True)]
+        jobs = self._jobs(requests, capture)
         full = self._dose == "full" or (self._dose == "auto" and writer is not None)
         done: list[Generation] = []
         for part in self._parts(jobs, sites):
@@ -181,7 +181,7 @@ class VLLMBackend:
         if steering is not None and "logits" in steering.sites:
             raise BackendError("score with a steering at logits is not possible in vLLM; use the hf backend")
         requests = [Request(prompt=text, steering=steering, max_new_tokens=0) for text in texts]
-        jobs = [self._job(name, one, None) for name, one in zip(name_requests(requests), requests, strict=True)]
+        jobs = self._jobs(requests, None)
         for job in jobs:
             job.params = self._params(job, None, full=False, prompt_logprobs=0)
         self._run(jobs)
@@ -207,20 +207,33 @@ class VLLMBackend:
         if core is not None:
             core.shutdown()
 
-    def _job(self, name: str, request: Request, capture: Capture | None) -> Job:
-        encoded = self.encode(request.prompt)
+    def _jobs(self, requests: Sequence[Request], capture: Capture | None) -> list[Job]:
+        """Return what runs; a prompt or a steering that many requests share is looked at once."""
+        prompts = {id(one.prompt): one.prompt for one in requests}
+        encoded = {key: self.encode(prompt) for key, prompt in prompts.items()}
+        steerings = {id(one.steering): one.steering for one in requests if one.steering is not None}
+        programs = {key: self._program(steering) for key, steering in steerings.items()}
+        return [
+            self._job(name, one, encoded[id(one.prompt)], programs.get(id(one.steering)), capture)
+            for name, one in zip(name_requests(requests), requests, strict=True)
+        ]
+
+    def _program(self, steering: Steering) -> Program:
+        if not steering.serialisable:
+            raise SteeringError("Edit is Python code and cannot be sent to vLLM's workers; use the hf backend")
+        return steering.resolve(
+            num_layers=self.info.num_layers,
+            hidden_size=self.info.hidden_size,
+            sites=self.sites(),
+            widths=lambda site: self._client.info.widths.get(site),
+        )
+
+    def _job(
+        self, name: str, request: Request, encoded: EncodedPrompt, program: Program | None, capture: Capture | None
+    ) -> Job:
         length = len(encoded.ids)
         check_request(name, request, length, self.info.vocab_size, self.info.max_positions)
-        program: Program | None = None
-        if request.steering is not None:
-            if not request.steering.serialisable:
-                raise SteeringError("Edit is Python code and cannot be sent to vLLM's workers; use the hf backend")
-            program = request.steering.resolve(
-                num_layers=self.info.num_layers,
-                hidden_size=self.info.hidden_size,
-                sites=self.sites(),
-                widths=lambda site: self._client.info.widths.get(site),
-            )
+        if program is not None:
             program.check_positions(length)
         if capture is not None:
             Positions.parse(capture.positions).check(length)
