@@ -146,7 +146,8 @@ def test_the_plain_function_refuses_what_is_no_tensor_and_name(given: tuple[obje
         op.call(*given)
 
 
-def test_what_the_plain_function_raises_in_python_arrives() -> None:
+@pytest.mark.parametrize("rows", [2, 9000])  # many rows run without the interpreter's lock
+def test_what_the_plain_function_raises_in_python_arrives(rows: int) -> None:
     class Failing(Doubling):
         def __call__(self, x: Tensor) -> None:
             raise ValueError("from the tap")
@@ -154,4 +155,4 @@ def test_what_the_plain_function_raises_in_python_arrives() -> None:
     failing = Failing()
     name = op.enroll("tests.failing", failing)
     with pytest.raises(ValueError, match="from the tap"):
-        op.call(torch.zeros(2, WIDTH), name)
+        op.call(torch.zeros(rows, WIDTH), name)
