@@ -275,6 +275,14 @@ def test_another_source_or_compiler_is_another_library(toolchain, tmp_path, monk
     assert len({first, second, third, _build.digest()}) == 4
 
 
+def test_without_pythons_headers_the_library_is_another_one_and_has_no_plain_function(monkeypatch):
+    with_headers = _build.digest()
+    monkeypatch.setattr(_build.sysconfig, "get_path", lambda name: "/nowhere")
+    assert _build._headers() == ""
+    assert _build.digest() != with_headers
+    assert _build._plain("/nowhere/steer.so") is None
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(toolchain, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("TRIMTAB_CACHE", str(tmp_path / "file"))

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from pytest import MonkeyPatch
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
@@ -144,6 +145,17 @@ def test_the_plain_function_does_what_the_operator_does(step: Step) -> None:
 def test_the_plain_function_refuses_what_is_no_tensor_and_name(given: tuple[object, ...]) -> None:
     with pytest.raises(RuntimeError, match="a tensor and a tap's name"):
         op.call(*given)
+
+
+@pytest.mark.parametrize("kernel", [None, "without headers"])
+def test_without_the_plain_function_graphs_call_the_operator(kernel: str | None, monkeypatch: MonkeyPatch) -> None:
+    found = native()
+    monkeypatch.setattr(op, "native", lambda: None if kernel is None or found is None else found._replace(site=None))
+    doubling, x = Doubling(), torch.ones(2, WIDTH)
+    name = op.enroll("tests.operator", doubling)
+    op.call(x, name)
+    assert doubling.calls == 1
+    assert torch.equal(x, torch.full((2, WIDTH), 2.0))
 
 
 @pytest.mark.parametrize("rows", [2, 9000])  # many rows run without the interpreter's lock
