@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 
 from tests.vllm import _engine as engine
 from trimtab import testbed
+from trimtab.backends import Request
 from trimtab.directions import load_direction
+from trimtab.errors import NonFiniteError
 from trimtab.evaluate import Variant, load, make_variants, rollouts, score
 from trimtab.steering import Cap, Steering
 
@@ -28,7 +31,7 @@ def variants(info: Any) -> tuple[Variant, ...]:
     return (*made, *later, capped)
 
 
-def run_on_vllm(out: str) -> list[list[Any]]:
+def run_on_vllm(out: str) -> tuple[list[list[Any]], list[str]]:
     """Run all variants in the engine, and score side effects there."""
     from trimtab.backends import open_backend
 
@@ -38,14 +41,35 @@ def run_on_vllm(out: str) -> list[list[Any]]:
     run = rollouts(backend, PROMPTS, variants(backend.info), out=out, **OPTIONS)
     assert run.finished and run.backend == "vllm"
     result = score(out, ["testbed:animal", "vector:testbed:animal"], model=backend, retention=PROMPTS[:2])
+    said = refusals(backend)
     backend.close()
-    return [[one.variant, one.perplexity, one.kl, one.retention] for one in result.effects]
+    return [[one.variant, one.perplexity, one.kl, one.retention] for one in result.effects], said
+
+
+def break_logits(model: Any) -> None:
+    """Make all logits NaN."""
+    model.model.norm.weight.data[0] = math.nan
+
+
+def refusals(backend: Any) -> list[str]:
+    """Have logits be NaN from here on, and return what is said of it, without log-probabilities and with."""
+    backend._llm.apply_model(break_logits)
+    said = []
+    for logprobs in (None, 0):
+        request = Request(prompt=(5, 6, 7), id="broken", max_new_tokens=3, logprobs=logprobs)
+        try:
+            backend.generate([request])
+        except NonFiniteError as error:
+            said.append(str(error))
+    return said
 
 
 def test_rollouts_agree_token_for_token(tmp_path: Path) -> None:
     from trimtab.backends import open_backend
 
-    effects = engine.call(run_on_vllm, str(tmp_path / "vllm"), cwd=tmp_path)
+    effects, said = engine.call(run_on_vllm, str(tmp_path / "vllm"), cwd=tmp_path)
+    assert "'broken': the logits of one of its 3 tokens are not finite" in said[0]
+    assert "'broken': the logits at position 2 are not finite" in said[1]
     backend = open_backend("hf", "testbed", dtype="float32")
     made = variants(backend.info)
     assert len(made) == 8

@@ -67,7 +67,8 @@ class Item:
                 "the model left the range of its dtype: use bfloat16 or float32, or lower the steering"
             )
         self.tokens.append(token)
-        self.logprobs.append(logprob)
+        if self.request.logprobs is not None:
+            self.logprobs.append(logprob)
         if self.request.logprobs:
             self.top.append(top[: self.request.logprobs])
         last = len(self.tokens) == self.request.budget
@@ -113,7 +114,7 @@ def check_request(name: str, request: Request, length: int, vocabulary: int, max
     """
     if request.forced_tokens is not None:
         check_ids(request.forced_tokens, vocabulary, f"forced_tokens of request {name!r}")
-    if request.logprobs > vocabulary:
+    if (request.logprobs or 0) > vocabulary:
         raise InputError(f"request {name!r}: logprobs is {request.logprobs}; the vocabulary has {vocabulary} tokens")
     rows = num_rows(length, request.budget)
     if max_positions is not None and rows > max_positions:

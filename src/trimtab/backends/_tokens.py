@@ -37,7 +37,7 @@ def token_rows(tokenizer: Any, done: Finished, config: str) -> list[TokenRow]:
                 position=position,
                 token_id=token,
                 text=text,
-                logprob=done.logprobs[step] if step >= 0 else None,
+                logprob=done.logprobs[step] if 0 <= step < len(done.logprobs) else None,
                 top_ids=tuple(one for one, _ in top),
                 top_logprobs=tuple(value for _, value in top),
                 generated=step >= 0,

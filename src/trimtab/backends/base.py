@@ -84,14 +84,15 @@ class Request:
     forced_tokens: tuple[int, ...] | None = None
     """Teacher forcing: decode along these tokens, EOS among them or not, and stop after the last."""
     ignore_eos: bool = False
-    logprobs: int = 0
-    """How many of the most likely tokens to report at each step (natural log, float32 log-softmax)."""
+    logprobs: int | None = 0
+    """How many of the most likely tokens to report at each step, beside the chosen one (natural log, float32
+    log-softmax). None: no log-probability at all, not even the chosen token's, so that an engine need compute none."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 0:
             raise InputError(f"max_new_tokens is {self.max_new_tokens}; 0 or a positive number was expected")
-        if self.logprobs < 0:
-            raise InputError(f"logprobs is {self.logprobs}; 0 or a positive number was expected")
+        if self.logprobs is not None and self.logprobs < 0:
+            raise InputError(f"logprobs is {self.logprobs}; None, 0 or a positive number was expected")
         prompt: object = self.prompt
         if not isinstance(prompt, (str, tuple)):
             raise InputError(
@@ -162,7 +163,7 @@ class Generation:
     token_ids: tuple[int, ...]
     text: str
     logprobs: tuple[float, ...]
-    """Natural log-probability of each generated token, before temperature and filters."""
+    """Natural log-probability of each generated token, before temperature and filters; () where none was asked for."""
     top: tuple[tuple[tuple[int, float], ...], ...]
     """Per generated token, the most likely ids with their log-probabilities, best first."""
     stop: Stop

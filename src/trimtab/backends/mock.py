@@ -225,7 +225,7 @@ class MockBackend:
             logits = self._forward((*item.prompt.ids, *item.tokens), self._steer(item))[-1:]
             shares = LogProbs(logits)
             token = int(shares.values.argmax()) if item.greedy else item.choose(shares.values[0])
-            best, ids = (column[0].tolist() for column in shares.top(max(item.request.logprobs, 1)))
+            best, ids = (column[0].tolist() for column in shares.top(max(item.request.logprobs or 0, 1)))
             item.accept(token, shares.of(torch.tensor([token])).item(), tuple(zip(ids, best, strict=True)))
 
     def _record(

@@ -256,6 +256,7 @@ def _request(plan: RolloutPlan, variant: Variant, prompt: int, sample: int) -> R
         max_new_tokens=plan.max_tokens,
         sampling=Sampling(temperature=plan.temperature, top_p=plan.top_p, seed=output_seed(plan.seed, prompt, sample)),
         ignore_eos=plan.ignore_eos,
+        logprobs=None,
     )
 
 

@@ -141,6 +141,20 @@ class BackendConformance:
             assert [one.logprob for one in tokens][length:] == list(result.logprobs)
             assert {one.prompt for one in tokens} == {length}
 
+    def test_tokens_without_log_probabilities(self, backend: Backend) -> None:
+        """Asking for no log-probability changes no token, and nothing of them is made up."""
+        requests = [
+            Request(prompt=self.ids(5), id=f"r{count}", max_new_tokens=6, ignore_eos=True, logprobs=count)
+            for count in (None, 0, 2)
+        ]
+        (without, chosen, several), writer = self.run(backend, requests)
+        assert without.token_ids == chosen.token_ids == several.token_ids
+        assert (without.logprobs, without.top, chosen.top) == ((), (), ())
+        assert len(chosen.logprobs) == len(several.top) == 6
+        assert chosen.logprobs == several.logprobs
+        tokens = [one for one in writer.tokens if one.request == "rNone"]
+        assert [one.logprob for one in tokens] == [None] * 11
+
     def test_each_row_equals_the_row_of_one_full_forward(self, backend: Backend) -> None:
         """Decoding with a cache, in a padded batch, gives the rows of one forward pass over the same tokens."""
         requests = [

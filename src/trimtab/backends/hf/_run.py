@@ -231,7 +231,7 @@ class BatchRun:
             if not self._items[index].greedy:
                 chosen[index] = self._items[index].choose(values[index])
         logprobs = shares.of(torch.tensor(chosen, device=values.device)).tolist()
-        count = max(self._items[index].request.logprobs for index in running)
+        count = max(self._items[index].request.logprobs or 0 for index in running)
         best: list[tuple[tuple[int, float], ...]] = [()] * len(self._items)
         if count:
             top, ids = (column.tolist() for column in shares.top(count))

@@ -150,6 +150,7 @@ def _result(
         "rows": left.rows,
         "cached": left.cached,
         "problems": left.problems,
+        "nonfinite_logits": left.nonfinite_logits,
         "reduce": left.reduce,
         "ops": ops.setdefault(left.doses.names, len(ops)),
         "captured": captured,

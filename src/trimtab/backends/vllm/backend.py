@@ -250,7 +250,7 @@ class VLLMBackend:
 
     def _params(self, job: Job, capture: Capture | None, full: bool, **settings: Any) -> Any:
         request, sampling = job.request, job.request.sampling
-        options: dict[str, Any] = {"dose": "full" if full else "counts"}
+        options: dict[str, Any] = {"dose": "full" if full else "counts", "check_logits": request.logprobs is None}
         if capture is not None:
             options |= {"sites": capture.sites, "edit": capture.edit, "positions": capture.positions}
             options["prompt_logits"] = capture.prompt_logits

@@ -68,6 +68,8 @@ class Report:
     captured: tuple[CapturedRows, ...] = ()
     full: Mapping[tuple[str, int], tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
     """(site, op number) -> positions and [m, 5]: p_before, p_after, cap_delta, clamped, ratio."""
+    nonfinite_logits: bool = False
+    """Whether the logits of some token were not finite; looked for where `check_logits` asked for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +168,7 @@ class Client:
         reduce: Literal["", "mean", "statistics"] | Tensor = "",
         forced: Sequence[int] | None = None,
         dose: Dose = "counts",
+        check_logits: bool = False,
     ) -> dict[str, Any]:
         """Return `SamplingParams.extra_args` for one request; make a new one for each.
 
@@ -181,6 +184,8 @@ class Client:
             forced: token ids to decode along, whatever the model prefers; give max_tokens=len(forced) and
                 ignore_eos=True.
             dose: "full" measures every op at every row.
+            check_logits: have the report say whether the logits of a token were not finite. Log-probabilities tell it
+                too, and cost more.
 
         Raises:
             as `register`; SiteError for a site that the engine does not record.
@@ -203,6 +208,7 @@ class Client:
             capture=capture,
             forced=None if forced is None else tuple(int(one) for one in forced),
             dose=dose,
+            check_logits=check_logits,
             salt=label if fresh else None,
         )
         return {KEY: data.to_wire()}
@@ -257,7 +263,7 @@ class Client:
 
         ours = {
             name: settings.pop(name)
-            for name in ("sites", "edit", "positions", "prompt_logits", "reduce", "forced", "dose")
+            for name in ("sites", "edit", "positions", "prompt_logits", "reduce", "forced", "dose", "check_logits")
             if name in settings
         }
         if ours.get("forced") is not None:
@@ -371,6 +377,7 @@ class _Merge:
         self._first = result
         self._ranks: Counter[int] = Counter()
         self._problems: dict[str, None] = {}
+        self._nonfinite = False
         self._ops: dict[Names, Ints] = {}
         self._captured: dict[tuple[str, str], CapturedRows] = {}
         self._full: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
@@ -380,6 +387,7 @@ class _Merge:
     ) -> None:
         """Take what one worker holds; replicated ranks agree, and the first one is kept."""
         self._problems |= dict.fromkeys(result["problems"])
+        self._nonfinite |= result["nonfinite_logits"]
         self._ranks[document["engine"]] += 1
         for one in result["full"]:
             where = document["positions"][one["positions"]]
@@ -435,6 +443,7 @@ class _Merge:
             OpReports(tuple(chain.from_iterable(self._ops)), np.concatenate([NOTHING.values, *self._ops.values()])),
             tuple(self._captured.values()),
             self._full,
+            self._nonfinite,
         )
 
 

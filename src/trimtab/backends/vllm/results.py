@@ -52,6 +52,8 @@ class Job:
         self.tokens = [int(token) for token in completion.token_ids][:budget]
         if completion.logprobs:
             self._take_logprobs(completion.logprobs)
+        if report.nonfinite_logits:
+            raise self._nonfinite(f"the logits of one of its {len(self.tokens)} tokens")
         forced = self.request.forced_tokens is not None
         self.stop = "forced" if forced else "eos" if completion.finish_reason == "stop" else "length"
 
@@ -61,13 +63,16 @@ class Job:
         self.logprobs = [flat.logprobs[start] for start in starts]
         for step, value in enumerate(self.logprobs):
             if math.isnan(value):
-                raise NonFiniteError(
-                    f"request {self.name!r}: the logits at position {self.length + step - 1} are not finite; the model "
-                    "left the range of its dtype: use bfloat16 or float32, or lower the steering"
-                )
+                raise self._nonfinite(f"the logits at position {self.length + step - 1}")
         for step in range(len(starts) if self.request.logprobs else 0):
             best = sorted(flat[step].items(), key=lambda pair: pair[1].rank)
             self.top.append(tuple((one, info.logprob) for one, info in best)[: self.request.logprobs])
+
+    def _nonfinite(self, which: str) -> NonFiniteError:
+        return NonFiniteError(
+            f"request {self.name!r}: {which} are not finite; the model left the range of its dtype: use bfloat16 or "
+            "float32, or lower the steering"
+        )
 
     @property
     def rows(self) -> int:

@@ -55,6 +55,7 @@ class Left:
     doses: OpReports = NOTHING
     captured: dict[tuple[Site, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     full: list[Doses] = field(default_factory=list)
+    nonfinite_logits: bool = False
 
 
 @dataclass(slots=True)
@@ -127,6 +128,8 @@ class WorkerState:
         }
         self._counts: Any = counts.numpy() if device.type == "cpu" else counts
         """[sites, bindings, J, 3]: what the banks count, in their order."""
+        self.nonfinite_logits = torch.zeros(4 * max_requests + 1, dtype=torch.bool, device=device)
+        """Of every binding, whether the logits of a token were not finite, where that is looked for."""
         self._bank_of = {site: index for index, site in enumerate(self.banks)}
         self.step = Step(max_rows, 4 * max_requests, config.keys_per_steering, device)
         over = sites.needs_residual(self.recorded)
@@ -325,6 +328,8 @@ class WorkerState:
         if one.counted_ops is not None:
             self._counts[:, one.number] = 0
             self._counts[:, one.shadow] = 0
+        if data.check_logits:
+            self.nonfinite_logits[one.number] = False
         self.bound[req_id] = one
 
     def _reduce(self, one: Bound, capture: CaptureSpec) -> None:
@@ -387,6 +392,7 @@ class WorkerState:
         held = self.recorder.collect(one.req_id)
         left.captured = {key: rows for key, rows in held.items() if key[1] in one.edits}
         left.full = self.doses.collect(one.req_id)
+        left.nonfinite_logits = one.data.check_logits and bool(self.nonfinite_logits[one.number])
         return left
 
     def _keep(self, left: Left) -> None:

@@ -94,6 +94,8 @@ class Step:
         """Whether a request of the batch is forced along given tokens."""
         self.prompt_logits = False
         """Whether a request of the batch has the logits of its prompt recorded."""
+        self.check_logits = False
+        """Whether a request of the batch is told of logits that are not finite."""
         self.spans: list[Span] = []
         self.special: dict[Site, list[Span]] = {}
         """Requests whose steering at a site has an op outside the banks."""
@@ -183,7 +185,7 @@ class Step:
 
     def _clear(self) -> None:
         self.spans, self.special, self.wanted, self.measured = [], {}, {}, None
-        self.forced, self.prompt_logits, self.shift = False, False, 0
+        self.forced, self.prompt_logits, self.check_logits, self.shift = False, False, False, 0
 
     def begin(
         self,
@@ -293,6 +295,7 @@ class Step:
                 self.special.setdefault(site, []).append(span)
         one.done = max(one.done, stop)
         self.forced = self.forced or one.data.forced is not None
+        self.check_logits = self.check_logits or one.data.check_logits
         self.prompt_logits = self.prompt_logits or (one.data.capture is not None and one.data.capture.prompt_logits)
         self.spans.append(span)
 

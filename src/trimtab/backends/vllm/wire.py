@@ -53,6 +53,8 @@ class RequestData:
     capture: CaptureSpec | None = None
     forced: tuple[int, ...] | None = None
     dose: Dose = "counts"
+    check_logits: bool = False
+    """Whether it is told of when the logits of a token were not finite."""
     salt: str | None = None
     """A cache key for the whole request, when its rows must be computed afresh."""
 
@@ -73,6 +75,8 @@ class RequestData:
             }
         if self.forced is not None:
             wire["forced"] = list(self.forced)
+        if self.check_logits:
+            wire["check_logits"] = True
         if self.salt is not None:
             wire["salt"] = self.salt
         return wire
@@ -110,6 +114,7 @@ class RequestData:
             else None,
             forced=tuple(wire["forced"]) if wire.get("forced") is not None else None,
             dose=wire.get("dose", "counts"),
+            check_logits=bool(wire.get("check_logits")),
             salt=wire.get("salt"),
         )
 

@@ -177,6 +177,7 @@ class Maker:
                         max_new_tokens=self.max_tokens,
                         ignore_eos=self.ignore_eos,
                         sampling=Sampling(temperature=self.temperature, seed=output_seed(self.seed, index, sample)),
+                        logprobs=None,
                     )
 
     def steering(self, vectors: Mapping[Any, SteeringVector], strength: float) -> Steering:

@@ -48,6 +48,8 @@ class RunnerV1:
             return logits
 
         def with_forced(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if state.bound and state.step.check_logits:
+                sampled.check(logits, runner.input_batch.req_ids)
             tokens, processed = sample(logits, *args, **kwargs)
             if state.bound and state.step.forced:
                 tokens = sampled.force(tokens, runner.input_batch.req_ids)

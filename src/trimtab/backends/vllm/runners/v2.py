@@ -199,11 +199,13 @@ class RunnerV2:
         def with_forced(
             logits: Tensor, expanded_idx_mapping: Any, idx_mapping: Any, idx_mapping_np: Any, *args: Any, **kwargs: Any
         ) -> Any:
+            ours = held.sampled is not None and state.bound
+            names = runner.req_states.index_to_req_id
+            ids = [names.get(int(index)) for index in idx_mapping_np] if ours else []
+            if ours:
+                sampled.check(logits, ids)
             tokens, processed = choose(logits, expanded_idx_mapping, idx_mapping, idx_mapping_np, *args, **kwargs)
-            if held.sampled is not None and state.bound:
-                names = runner.req_states.index_to_req_id
-                tokens = sampled.force(tokens, [names.get(int(index)) for index in idx_mapping_np])
-            return tokens, processed
+            return (sampled.force(tokens, ids) if ours else tokens), processed
 
         runner.sample, runner.sampler.sample = sample_batch, with_forced
         if LOGITS in state.recorded:
