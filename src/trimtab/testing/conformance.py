@@ -12,6 +12,8 @@ the business of the backend's own tests.
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -244,6 +246,15 @@ class BackendConformance:
             assert [(dose.op, dose.rows) for dose in alone.doses] == [(dose.op, dose.rows) for dose in result.doses]
             last = self.last_layer(backend)
             assert rel_l2(batch.rows(last, request.id)[1], solo.rows(last, request.id)[1]) <= self.bound(backend)
+
+    def test_a_steering_that_nobody_holds_any_more_is_let_go_of(self, backend: Backend) -> None:
+        """A backend that lives for long does not keep every steering that it was ever given."""
+        steering = self.add(backend)
+        backend.generate([Request(prompt=self.ids(3), steering=steering, max_new_tokens=2)])
+        held = weakref.ref(steering)
+        del steering
+        gc.collect()
+        assert held() is None
 
     def test_an_unsteered_row_of_a_mixed_batch_keeps_every_bit(self, backend: Backend) -> None:
         """On an equal schedule, another request's steering changes nothing of this one."""

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -89,7 +90,7 @@ class HFBackend:
         self.map = describe(self.model, allow_fallback=allow_fallback)
         self._batch_size, self._chunk, self._dose = batch_size, prefill_chunk, dose
         self._template_options = dict(template_options or {})
-        self._programs: dict[Steering, Program] = {}
+        self._programs: WeakKeyDictionary[Steering, Program] = WeakKeyDictionary()
         self._sites = self.map.sites()
         text: Any = self.model.config.get_text_config(decoder=True)  # type: ignore[operator,union-attr]
         self.eos_ids = _eos_ids(self.model, text)
