@@ -20,6 +20,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -173,13 +174,14 @@ struct Bank {
 struct Scratch {
   std::vector<float> held;
   std::vector<int32_t> rows;
-  float *old, *state, *seen, *total, *change, *t, *u;
+  float *old, *state, *seen, *total, *change, *t, *first, *u;
   void fit(int64_t width, int64_t each) {
     const int64_t w = (width + 31) / 16 * 16;
-    held.resize(w * (6 + each) + LANES);
+    held.resize(w * (6 + 2 * each) + LANES);
     const auto past = reinterpret_cast<uintptr_t>(held.data()) % (LANES * sizeof(float));
     float* p = held.data() + (past ? LANES - past / sizeof(float) : 0);  // vectors lie in one cache line each
     for (float** one : {&old, &state, &seen, &total, &change, &t, &u}) { *one = p; p += w; }
+    first = u + w * each;
   }
 };
 thread_local Scratch scratch;
@@ -326,29 +328,39 @@ bool mend(typename T::type* x, const typename T::type* r, const typename T::type
   return made;
 }
 
-// x := round(x + total) where total is not zero. Returns whether an element became non-finite.
-template <class T>
+// x := round(x + total) where total is not zero, total(i) the sum of the corrections. Returns whether an element became
+// non-finite; `kept` has the total then.
+template <class T, class Total>
 bool finish(typename T::type* __restrict x, const typename T::type* __restrict r, typename T::type* __restrict old,
-            const float* __restrict total, int64_t w) {
+            float* __restrict kept, int64_t w, const Total& total) {
   uint32_t bad = 0;
   const auto one = [&](int64_t i) {
     const auto was = old[i] = x[i];
-    const float sum = T::load(was) + total[i];
+    const float change = total(i), sum = T::load(was) + change;
     const float y = T::quick(sum);
     bad |= (bits(sum) & ~SIGN) >= T::over;
-    x[i] = total[i] == 0 ? was : T::store(y);
+    x[i] = change == 0 ? was : T::store(y);
     return y;
   };
   if (r)
     for (int64_t i = 0; i < w; ++i) bad |= (bits(T::load(r[i]) + one(i)) & ~SIGN) >= T::over;
   else
     for (int64_t i = 0; i < w; ++i) one(i);
-  return bad && mend<T>(x, r, old, total, w);
+  if (!bad) return false;
+  for (int64_t i = 0; i < w; ++i) kept[i] = total(i);
+  return mend<T>(x, r, old, kept, w);
 }
 
 // Whether an op, or one after it, looks at the state.
 inline bool looks(const Meta* meta, const Param& a, int64_t left) {
   return meta->kind != STATIC || limited(a) || (left > 1 && meta[1].kind != NONE);
+}
+
+// Whether the correction of an op is its vector, bit by bit.
+inline bool added_as_it_is(const Meta& m, const Param& a, float gain) {
+  bool whole = false;
+  with_dtype(m.math, [&](auto math) { whole = decltype(math)::round(gain) == 1; });
+  return m.kind == STATIC && !limited(a) && whole;
 }
 
 inline void count(int64_t* at) { __atomic_fetch_add(at, int64_t(1), __ATOMIC_RELAXED); }
@@ -361,18 +373,30 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
   const Param* param = b.param + slot * b.ops;
   const float* gain = b.gain + row * b.keys;
   int64_t* counts = b.counts + owner * b.ops * 3;
-  const float* total = nullptr;
+  const float *total = nullptr, *last = nullptr;  // float32 corrections: the sum of the last two is made in `finish`
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
     const Meta& m = meta[j];
     const float g = gain[m.key];
     if (std::isnan(g)) continue;
+    const float* u = directions(b, slot * b.ops + j, m, total ? s.u : s.first);
+    const bool more = j + 1 < b.ops && meta[j + 1].kind != NONE;
+    if (!total && !dose && added_as_it_is(m, param[j], g)) {
+      if (more)
+        with_dtype(m.state, [&](auto state) {
+          using S = decltype(state);
+          if (r) for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(S::round(T::load(r[i]) + T::load(x[i])) + u[i]);
+          else for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(S::round(T::load(x[i])) + u[i]);
+        });
+      count(counts + j * 3);
+      total = u;
+      continue;
+    }
     if (!total && (dose || looks(&m, param[j], b.ops - j)))
       with_dtype(m.state, [&](auto state) {
         using S = decltype(state);
         if (r) for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(T::load(r[i]) + T::load(x[i]));
         else for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(T::load(x[i]));
       });
-    const float* u = directions(b, slot * b.ops + j, m, s.u);
     const float* seen = s.state;
     Effect effect;
     with_dtype(m.math, [&](auto math) {
@@ -387,20 +411,21 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
     if (effect.clamped) count(counts + j * 3 + 1);
     float* out = dose ? dose + j * 5 : nullptr;
     if (out) measure(out, m, param[j], effect, u, s, w);
-    const bool more = j + 1 < b.ops && meta[j + 1].kind != NONE;
     with_dtype(m.state, [&](auto state) {
       using S = decltype(state);
       if (more || out) for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(s.state[i] + effect.c[i]);
-      if (total) for (int64_t i = 0; i < w; ++i) s.total[i] = S::round(total[i] + effect.c[i]);
+      if (total && !more && std::is_same_v<S, F32>) last = effect.c;
+      else if (total) for (int64_t i = 0; i < w; ++i) s.total[i] = S::round(total[i] + effect.c[i]);
     });
     if (out) out[1] = along(m, param[j], u, s.state, w, s.t);
-    if (!total && more && effect.c == s.u) {  // the next op needs the room
-      std::memcpy(s.total, s.u, w * sizeof(float));
-      effect.c = s.total;
-    }
-    total = total ? s.total : effect.c;
+    if (!total) total = effect.c;
+    else if (!last) total = s.total;
   }
-  if (total && finish<T>(x, r, reinterpret_cast<typename T::type*>(s.old), total, w))
+  if (!total) return;
+  auto* old = reinterpret_cast<typename T::type*>(s.old);
+  const bool made = last ? finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return total[i] + last[i]; })
+                         : finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return total[i]; });
+  if (made)
     for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j)
       if (!std::isnan(gain[meta[j].key])) count(counts + j * 3 + 2);
 }
