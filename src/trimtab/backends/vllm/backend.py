@@ -250,7 +250,8 @@ class VLLMBackend:
 
     def _params(self, job: Job, capture: Capture | None, full: bool, **settings: Any) -> Any:
         request, sampling = job.request, job.request.sampling
-        options: dict[str, Any] = {"dose": "full" if full else "counts", "check_logits": request.logprobs is None}
+        options: dict[str, Any] = {"dose": "full" if full else "counts"}
+        options["check_logits"] = request.logprobs is None and request.budget > 0
         if capture is not None:
             options |= {"sites": capture.sites, "edit": capture.edit, "positions": capture.positions}
             options["prompt_logits"] = capture.prompt_logits

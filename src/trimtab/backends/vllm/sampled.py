@@ -33,24 +33,27 @@ class SampledRows:
         self._checked: tuple[Sequence[str | None], Tensor] = (), torch.empty(0, dtype=torch.int64)
 
     def check(self, logits: Tensor, ids: Sequence[str | None]) -> None:
-        """Note whose logits, float [requests, vocabulary], give no token a probability; nothing waits for the device.
+        """Note whose logits, float [requests, vocabulary], give no token a probability.
 
-        A row has none when its largest number is not finite: NaN is larger than all. Some may be -inf: tokens that a
-        request leaves out. Rows that end inside the prompt give no token.
+        A row gives none when its largest number is not finite: NaN is larger than all. Some may be -inf: tokens that a
+        request leaves out. Rows that end inside the prompt give no token. The flags stay on the device until a request
+        ends.
         """
         step, flags = self._state.step, self._state.nonfinite_logits
         if not step.check_logits:
             return
         if step.shift == 0 or self._checked[0] != ids:
-            step.settle()
-            self._checked = list(ids), torch.tensor([self._place(name) for name in ids], device=flags.device)
+            places = {
+                span.bound.req_id: span.bound.number
+                for span in step.spans
+                if span.bound.data.check_logits and span.start + span.count >= span.bound.prompt_length
+            }
+            numbers = torch.tensor([places.get(name or "", 0) for name in ids])  # 0: noted of nobody
+            if flags.device.type == "cuda":  # so that nothing waits for the device
+                numbers = numbers.pin_memory()
+            self._checked = list(ids), numbers.to(flags.device, non_blocking=True)
         numbers = self._checked[1]
         flags[numbers] |= ~logits.amax(dim=-1).isfinite()
-
-    def _place(self, name: str | None) -> int:
-        """Return where it is noted of a request; 0: nowhere."""
-        one = self._state.bound.get(name or "")
-        return one.number if one is not None and one.data.check_logits and one.done >= one.prompt_length else 0
 
     def logits(self, logits: Tensor, ids: Sequence[str | None], starts: Any, computed: Any) -> None:
         """Change and record the logits [requests, vocabulary] of a batch, in place.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import stat
+import subprocess
 import threading
 from pathlib import Path
 
@@ -263,6 +264,19 @@ def test_a_library_is_built_once_and_whole(toolchain, tmp_path):
     assert [one.name for one in first.parent.iterdir()] == [first.name]
 
 
+def test_headers_that_cannot_be_compiled_are_done_without(toolchain, tmp_path):
+    if not _build._headers():
+        pytest.skip("needs Python's headers")
+    script = Path(_build.compiler())
+    refuse = 'case "$*" in *TRIMTAB_PYTHON*) exit 1;; esac'
+    script.write_text(script.read_text().replace("while", f"{refuse}\nwhile"))
+    assert _build._library(tmp_path).is_file()
+    assert toolchain.read_text().count("call") == 2
+    script.write_text("#!/bin/sh\nexit 1\n")
+    with pytest.raises(subprocess.CalledProcessError):
+        _build._compile(tmp_path / "never.so")
+
+
 def test_another_source_or_compiler_is_another_library(toolchain, tmp_path, monkeypatch):
     first = _build.digest()
     source = tmp_path / "other.cpp"
@@ -280,7 +294,7 @@ def test_without_pythons_headers_the_library_is_another_one_and_has_no_plain_fun
     monkeypatch.setattr(_build.sysconfig, "get_path", lambda name: "/nowhere")
     assert _build._headers() == ""
     assert _build.digest() != with_headers
-    assert _build._plain("/nowhere/steer.so") is None
+    assert _build._plain(str(Path(torch.__file__).parent / "lib" / "libc10.so")) is None
 
 
 def test_a_cache_that_cannot_be_written_is_done_without(toolchain, tmp_path, monkeypatch):

@@ -9,27 +9,28 @@ import torch
 
 from trimtab.backends.vllm.bound import Bound
 from trimtab.backends.vllm.sampled import SampledRows
-from trimtab.backends.vllm.step import Step
+from trimtab.backends.vllm.step import Span, Step
 from trimtab.backends.vllm.wire import RequestData
 
 CPU = torch.device("cpu")
 NAN, INF = float("nan"), float("inf")
 
 
-def request(name: str, number: int, *, check: bool = True, done: int = 4) -> Bound:
+def request(name: str, number: int, *, check: bool = True, end: int = 4) -> Span:
+    """Return the rows of a request of four prompt tokens that end before a position."""
     data = RequestData(label=name, check_logits=check)
-    return Bound(req_id=name, data=data, prompt_ids=[1, 2, 3, 4], number=number, done=done)
+    # it got further once, before it was preempted
+    return Span(Bound(req_id=name, data=data, prompt_ids=[1, 2, 3, 4], number=number, done=9), 0, 2, end - 2)
 
 
-def following(*requests: Bound) -> tuple[SampledRows, Any]:
+def following(*requests: Span) -> tuple[SampledRows, Any]:
     step = Step(16, 16, 1, CPU)
-    step.check_logits = True
+    step.check_logits, step.spans = True, list(requests)
     flags = torch.zeros(17, dtype=torch.bool)
     state = SimpleNamespace(
         step=step,
         banks={},
         recorded=(),
-        bound={one.req_id: one for one in requests},
         nonfinite_logits=flags,
         config=SimpleNamespace(keys_per_steering=1),
     )
@@ -41,7 +42,7 @@ def flagged(state: Any) -> set[int]:
 
 
 def test_rows_that_give_no_token_a_probability_are_noted_for_those_who_ask() -> None:
-    asks, quiet, inside = request("a", 3), request("b", 5, check=False), request("c", 7, done=3)
+    asks, quiet, inside = request("a", 3), request("b", 5, check=False), request("c", 7, end=3)
     sampled, state = following(asks, quiet, inside)
     names = ["a", "b", "c", "stranger", None]
     sampled.check(torch.zeros(5, 6), names)
@@ -65,8 +66,7 @@ def test_a_steady_batch_is_looked_at_without_being_read_anew_and_a_changed_one_i
     sampled.check(torch.tensor([bad, good]), ["b", "a"])
     assert flagged(state) == {4}
     sampled.check(torch.tensor([good]), ["a"])
-    first.done = 3  # its prompt begins again
-    state.step.shift = 0
+    state.step.spans, state.step.shift = [request("a", 2, end=3)], 0  # its prompt begins again
     sampled.check(torch.tensor([bad]), ["a"])
     assert flagged(state) == {4}
 

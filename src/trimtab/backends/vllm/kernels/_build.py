@@ -70,9 +70,11 @@ def native() -> Native | None:
 
 
 def _plain(library: str) -> Any:
-    if not _headers():
+    """Return the function of a library that was built with Python's headers, None of another one."""
+    try:
+        made = PyDLL(library).trimtab_site
+    except AttributeError:
         return None
-    made = PyDLL(library).trimtab_site
     made.restype = py_object
     return made()
 
@@ -133,11 +135,10 @@ def _compile(target: Path) -> None:
     base = Path(torch.__file__).parent
     abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
     there = (abi, f"-I{base / 'include'}", f"-L{base / 'lib'}")
-    python = ("-DTRIMTAB_PYTHON", f"-I{_headers()}", "-ltorch_python") if _headers() else ()
-    subprocess.run(
-        [found, *FLAGS, *there, str(SOURCE), "-o", str(target), *python, "-ltorch_cpu", "-lc10"],
-        check=True,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    python = ("-DTRIMTAB_PYTHON", f"-I{_headers()}", "-ltorch_python")
+    for more in (python, ()) if _headers() else ((),):
+        command = [found, *FLAGS, *there, str(SOURCE), "-o", str(target), *more, "-ltorch_cpu", "-lc10"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        if done.returncode == 0:
+            return
+    done.check_returncode()
