@@ -127,7 +127,8 @@ def _claim(
 
 def _refuse_foreign(store: Store) -> None:
     if store.local and store.size(".") is not None:
-        others = sorted(name for name in store.names(".") if not name.startswith(".") and rank_of(name) is None)
+        there = (name for name in store.names(".") if not name.startswith(".") and rank_of(name) is None)
+        others = sorted(name for name in there if name != MANIFEST)  # another rank may just have written that
         if others:
             raise TraceExistsError(
                 f"{store.root} exists and is no trace: it holds {', '.join(others[:5])}; choose a new directory"

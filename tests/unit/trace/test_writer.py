@@ -275,6 +275,25 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path) -> None:
     assert Trace.open(tmp_path / "run", incomplete_ok=False).index.height == 1
 
 
+def test_ranks_that_begin_at_once_share_the_manifest_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from trimtab.trace import _session
+
+    collect, first = _session.provenance.collect, []
+
+    def slowly() -> dict[str, Any]:
+        if not first:  # the other rank is done while this one still looks at its machine
+            first.append(None)
+            TraceWriter(tmp_path / "t", rank=1).close()
+        return collect()
+
+    monkeypatch.setattr(_session.provenance, "collect", slowly)
+    TraceWriter(tmp_path / "t", rank=0).close()
+    assert first
+    assert sorted(one.name for one in (tmp_path / "t").iterdir()) == ["manifest.json", "rank-00000", "rank-00001"]
+
+
 def test_a_directory_or_file_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(TraceExistsError, match=r"exists and is no trace: it holds notes\.txt"):
