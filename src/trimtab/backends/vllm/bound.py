@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trimtab.backends.vllm.counts import Counted
+from trimtab.backends.vllm.counts import Counted, Ints
 from trimtab.backends.vllm.wire import RequestData
 from trimtab.sites import Site
 from trimtab.steering import Constant, Gain, Positions
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from trimtab.steering import Program
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-Ints = np.ndarray[Any, np.dtype[np.int64]]
 Key = tuple[Positions, Gain]
 _MAX_SPANS = 64
 

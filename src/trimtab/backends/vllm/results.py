@@ -60,6 +60,8 @@ class Job:
     def _take_logprobs(self, flat: Any) -> None:
         """Take vLLM's `FlatLogprobs`: of every step the chosen token, then the most likely ones."""
         starts = flat.start_indices[: len(self.tokens)]
+        if [flat.token_ids[start] for start in starts] != self.tokens[: len(starts)]:
+            raise BackendError(f"request {self.name!r}: the engine gave log-probabilities of tokens it did not choose")
         self.logprobs = [flat.logprobs[start] for start in starts]
         for step, value in enumerate(self.logprobs):
             if math.isnan(value):
