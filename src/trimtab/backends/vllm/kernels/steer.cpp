@@ -30,13 +30,15 @@ inline uint32_t bits(float v) { uint32_t u; std::memcpy(&u, &v, 4); return u; }
 inline float real(uint32_t u) { float v; std::memcpy(&v, &u, 4); return v; }
 constexpr uint32_t SIGN = 0x80000000u, INF = 0x7f800000u, NAN_BITS = 0x7fc00000u;
 
-// A dtype T: load gives the value of stored bits, round the nearest value of T, store the bits of a value of T.
+// A dtype T: load gives the value of stored bits, round the nearest value of T, store the bits of a value of T; summed
+// rounds the sum of two values of T, whose NaN may keep its payload.
 struct F32 {
   using type = float;
   static constexpr float max = 0x1.fffffep127f, below_max = 0x1.fffffcp127f;
   static constexpr uint32_t over = INF;  // bits of the smallest number that rounds to infinity
   static float round(float v) { return v; }
   static float quick(float v) { return v; }
+  static float summed(float v) { return v; }
   static float load(float v) { return v; }
   static float store(float v) { return v; }
 };
@@ -53,6 +55,7 @@ struct BF16 {
     const uint32_t u = bits(v);
     return real((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
   }
+  static float summed(float v) { return quick(v); }  // infinity stays, and the lower half of such a NaN is zero
   static float load(uint16_t v) { return real(uint32_t(v) << 16); }
   static uint16_t store(float v) { return uint16_t(bits(v) >> 16); }
 };
@@ -72,6 +75,7 @@ struct F16 {
     const uint32_t small = bits((real(a) + 0.5f) - 0.5f);
     return real((a < NORMAL ? small : ((a + 0xfffu + ((a >> 13) & 1u)) & ~0x1fffu)) | (u & SIGN));
   }
+  static float summed(float v) { return round(v); }
   static float load(uint16_t v) {
     const uint32_t a = v & 0x7fffu, e = a >> 10;
     const uint32_t small = bits(real(0x3f000000u | a) - 0.5f);
@@ -115,14 +119,14 @@ template <class Term>
 inline float sum(int64_t n, float* __restrict t, const Term& term) {
   int64_t h = (n + 1) / 2;
   if (n % (2 * LANES) == 0) {  // whole vectors
-    for (int64_t b = 0; b < h; b += LANES)
-      for (int64_t i = b; i < b + LANES; ++i) t[i] = term(i) + term(i + h);
-    while (h % (2 * LANES) == 0) {
+    for (int64_t i = 0; i < h; ++i) t[i] = term(i) + term(i + h);
+    while (h > 4 * LANES && h % (2 * LANES) == 0) {
       h /= 2;
       const float* __restrict upper = t + h;
-      for (int64_t b = 0; b < h; b += LANES)
-        for (int64_t i = b; i < b + LANES; ++i) t[i] += upper[i];
+      for (int64_t i = 0; i < h; ++i) t[i] += upper[i];
     }
+    if (h == 4 * LANES) return fold<2 * LANES>(t);
+    if (h == 2 * LANES) return fold<LANES>(t);
     if (h == LANES) return fold<LANES / 2>(t);
   } else {
     for (int64_t i = 0; i < n - h; ++i) t[i] = term(i) + term(i + h);
@@ -333,20 +337,20 @@ bool mend(typename T::type* x, const typename T::type* r, const typename T::type
 template <class T, class Total>
 bool finish(typename T::type* __restrict x, const typename T::type* __restrict r, typename T::type* __restrict old,
             float* __restrict kept, int64_t w, const Total& total) {
-  uint32_t bad = 0;
+  uint32_t largest = 0;  // of what must not round to infinity
   const auto one = [&](int64_t i) {
     const auto was = old[i] = x[i];
     const float change = total(i), sum = T::load(was) + change;
     const float y = T::quick(sum);
-    bad |= (bits(sum) & ~SIGN) >= T::over;
+    largest = std::max(largest, bits(sum) & ~SIGN);
     x[i] = change == 0 ? was : T::store(y);
     return y;
   };
   if (r)
-    for (int64_t i = 0; i < w; ++i) bad |= (bits(T::load(r[i]) + one(i)) & ~SIGN) >= T::over;
+    for (int64_t i = 0; i < w; ++i) largest = std::max(largest, bits(T::load(r[i]) + one(i)) & ~SIGN);
   else
     for (int64_t i = 0; i < w; ++i) one(i);
-  if (!bad) return false;
+  if (largest < T::over) return false;
   for (int64_t i = 0; i < w; ++i) kept[i] = total(i);
   return mend<T>(x, r, old, kept, w);
 }
@@ -365,6 +369,48 @@ inline bool added_as_it_is(const Meta& m, const Param& a, float gain) {
 
 inline void count(int64_t* at) { __atomic_fetch_add(at, int64_t(1), __ATOMIC_RELAXED); }
 
+// What most programs do at a row, all of it in float32: a vector is added as it is, or one projection is moved, or first
+// the one and then the other. Nothing is kept between the ops; every number is that of the loop in steer_row. Returns
+// false, nothing done, where the program is another one.
+template <class T>
+bool steer_simply(const Bank& b, int64_t slot, const float* gain, int64_t* counts, typename T::type* x,
+                  const typename T::type* r, Scratch& s) {
+  const Meta* meta = b.meta + slot * b.ops;
+  const Param* param = b.param + slot * b.ops;
+  int64_t vector = -1, moved = -1;
+  for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
+    const float g = gain[meta[j].key];
+    if (std::isnan(g)) continue;
+    if (g != 1 || meta[j].math != 0 || meta[j].state != 0 || limited(param[j]) || moved >= 0) return false;
+    if (meta[j].kind == STATIC && vector < 0) vector = j;
+    else if (meta[j].kind == LINEAR && meta[j].count == 1) moved = j;
+    else return false;
+  }
+  const int64_t w = b.width;
+  const float* v = vector < 0 ? nullptr : directions(b, slot * b.ops + vector, meta[vector], s.first);
+  const float* u = moved < 0 ? nullptr : directions(b, slot * b.ops + moved, meta[moved], s.u);
+  float weight = 0;
+  if (u) {
+    const float* bounds = b.bounds + (slot * b.ops + moved) * b.each * (b.each + 2);
+    const float p = v ? r ? sum(w, s.t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i]) + v[i]) * u[i]; })
+                          : sum(w, s.t, [=](int64_t i) { return (T::load(x[i]) + v[i]) * u[i]; })
+                  : r ? sum(w, s.t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i])) * u[i]; })
+                      : sum(w, s.t, [=](int64_t i) { return T::load(x[i]) * u[i]; });
+    weight = clamp(p * param[moved].factor, bounds[0], bounds[1]) - p;
+    count(counts + moved * 3);
+    if (meta[moved].clamps && weight != 0) count(counts + moved * 3 + 1);
+  }
+  if (v) count(counts + vector * 3);
+  auto* old = reinterpret_cast<typename T::type*>(s.old);
+  bool made = false;
+  if (weight == 0) made = v && finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return v[i]; });
+  else if (v) made = finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return v[i] + weight * u[i]; });
+  else made = finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return weight * u[i]; });
+  for (const int64_t j : {vector, moved})
+    if (made && j >= 0) count(counts + j * 3 + 2);
+  return true;
+}
+
 template <class T>
 void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T::type* r, float* dose, Scratch& s) {
   const int64_t w = b.width;
@@ -373,6 +419,7 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
   const Param* param = b.param + slot * b.ops;
   const float* gain = b.gain + row * b.keys;
   int64_t* counts = b.counts + owner * b.ops * 3;
+  if (!dose && steer_simply<T>(b, slot, gain, counts, x, r, s)) return;
   const float *total = nullptr, *last = nullptr;  // float32 corrections: the sum of the last two is made in `finish`
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
     const Meta& m = meta[j];
@@ -501,7 +548,7 @@ void update(const at::Tensor& r, const at::Tensor& x, const int32_t* binding, in
       if (binding[i] == 0) continue;
       const V* __restrict a = from + i * xs;
       V* __restrict out = to + i * rs;
-      if (add) for (int64_t k = 0; k < w; ++k) out[k] = T::store(T::round(T::load(out[k]) + T::load(a[k])));
+      if (add) for (int64_t k = 0; k < w; ++k) out[k] = T::store(T::summed(T::load(out[k]) + T::load(a[k])));
       else std::memcpy(out, a, w * sizeof(V));
     }
   };
