@@ -12,6 +12,7 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from trimtab.errors import SiteError
 
@@ -57,17 +58,7 @@ class Site:
         Raises:
             SiteError: not a site, or a pattern that selects several or counts from the end.
         """
-        if isinstance(text, Site):
-            return text
-        pattern = SitePattern.parse(text)
-        if pattern.module is not None or pattern.ranges == ():
-            return cls(pattern.point, module=pattern.module)
-        first, last = pattern.ranges[0]
-        if len(pattern.ranges) > 1 or first != last or first < 0:
-            raise SiteError(
-                f"{text!r} selects layers by pattern; one site was expected, such as layers.3.{pattern.point}"
-            )
-        return cls(pattern.point, layer=first)
+        return text if isinstance(text, Site) else _site(text)
 
     def __str__(self) -> str:
         if self.module is not None:
@@ -259,6 +250,17 @@ def _parse_layers(text: str, whole: str) -> tuple[tuple[int, int], ...]:
             raise SiteError(f"{whole!r}: the range {part.strip()} runs backwards; write {last}-{first}")
         ranges.append((first, last))
     return tuple(ranges)
+
+
+@lru_cache(maxsize=4096)
+def _site(text: str) -> Site:
+    pattern = SitePattern.parse(text)
+    if pattern.module is not None or pattern.ranges == ():
+        return Site(pattern.point, module=pattern.module)
+    first, last = pattern.ranges[0]
+    if len(pattern.ranges) > 1 or first != last or first < 0:
+        raise SiteError(f"{text!r} selects layers by pattern; one site was expected, such as layers.3.{pattern.point}")
+    return Site(pattern.point, layer=first)
 
 
 def _parse_module(text: str) -> SitePattern:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.vllm import wire
-from trimtab.backends.vllm.counts import NOTHING, Names
+from trimtab.backends.vllm.counts import NOTHING, Ints, Names
+from trimtab.backends.vllm.wire import Result
 from trimtab.errors import TrimtabError
+from trimtab.numerics import dtype_name
+from trimtab.sites import Site
 
 if TYPE_CHECKING:
+    from trimtab.backends.vllm.doses import Ops
     from trimtab.backends.vllm.state import Left
+    from trimtab.backends.vllm.taps import Tap
     from trimtab.backends.vllm.worker import SteeredWorker
 
-DOCUMENT = "trimtab"
-"""Key of the JSON document in the metadata of a collected file."""
 COUNTS = "counts"
-"""Its tensor of what ops did, int64 [ops of every result, 4]; see counts.py."""
+"""The tensor among those collected of what ops did, int64 [ops of every result, 4]; see counts.py."""
 
 
 def answer(worker: SteeredWorker, verb: str, payload: bytes) -> bytes:
@@ -79,83 +82,98 @@ def _stats(worker: SteeredWorker, payload: bytes) -> bytes:
     return wire.to_bytes(worker.state.stats() | {"taps": {tap.tap.name: tap.calls for tap in worker.taps}})
 
 
+class _Parcel:
+    """What a parcel is made of: results, and what they name by number or place.
+
+    Rows lie one below another in a few large tensors, which travel faster than many small ones.
+    """
+
+    def __init__(self) -> None:
+        self.ops: dict[Names, int] = {}
+        self.pairs: dict[Ops, int] = {}
+        self.positions: dict[bytes, tuple[int, list[tuple[int, int]]]] = {}
+        self._rows: dict[str, list[Tensor]] = {}
+        self._ends: dict[str, int] = {}
+
+    def number(self, pairs: Ops) -> int:
+        """Return the number of the ops of a full dose."""
+        return self.pairs.setdefault(pairs, len(self.pairs))
+
+    def place(self, positions: Ints) -> int:
+        """Return the number of some positions, int64 [n]."""
+        key = positions.tobytes()
+        if key not in self.positions:
+            self.positions[key] = len(self.positions), wire.runs(positions)
+        return self.positions[key][0]
+
+    def rows(self, rows: Tensor) -> tuple[str, int, int]:
+        """Take rows [n, width]; return the name of their tensor, the first of them in it, and the end."""
+        name = f"{dtype_name(rows.dtype)}.{rows.shape[1]}"
+        first = self._ends.get(name, 0)
+        self._rows.setdefault(name, []).append(rows)
+        self._ends[name] = first + len(rows)
+        return name, first, first + len(rows)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors by name."""
+        rows = self._rows.items()
+        return {name: torch.cat(several) if len(several) > 1 else several[0].contiguous() for name, several in rows}
+
+
 def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
-    """A safetensors file: recorded rows and full doses; its metadata says whose they are."""
-    tensors: dict[str, Tensor] = {}
-    found = worker.state.collect(wire.from_bytes(payload)["labels"])
-    replicated = worker.tp_rank == 0
-    columns = worker.state.tap_of
-    ops: dict[Names, int] = {}
-    places: dict[int, tuple[int, list[tuple[int, int]]]] = {}
-    results = []
-    for lefts in found.values():
-        for left in lefts:
-            results.append(_result(left, tensors, columns, replicated, ops, places))
-    counts = [left.doses.values for lefts in found.values() for left in lefts]
-    tensors[COUNTS] = torch.from_numpy(np.concatenate([NOTHING.values, *counts]))
+    """A parcel: recorded rows, full doses and counts; its document says whose they are."""
+    lefts = [left for several in worker.state.collect(wire.from_bytes(payload)["labels"]).values() for left in several]
+    parcel = _Parcel()
+    results = [_result(left, parcel, worker.state.tap_of, worker.tp_rank == 0) for left in lefts]
+    counts = torch.from_numpy(np.concatenate([NOTHING.values, *(left.doses.values for left in lefts)]))
     document = {
         "results": results,
-        "ops": list(ops),
-        "positions": [positions for _, positions in places.values()],
+        "ops": list(parcel.ops),
+        "pairs": [[(str(site), op) for site, op in pairs] for pairs in parcel.pairs],
+        "positions": [runs for _, runs in parcel.positions.values()],
         "tp_rank": worker.tp_rank,
         "pp_rank": worker.pp_rank,
         "engine": worker.engine,
         "dropped": worker.state.dropped,
     }
-    return safetensors.torch.save(tensors, {DOCUMENT: json.dumps(document)})
+    return wire.to_parcel(document, {COUNTS: counts, **parcel.tensors()})
 
 
-def _result(
-    left: Left,
-    tensors: dict[str, Tensor],
-    columns: dict[Any, Any],
-    replicated: bool,
-    ops: dict[Names, int],
-    places: dict[int, tuple[int, list[tuple[int, int]]]],
-) -> dict[str, Any]:
-    """Say what one request left; ops and positions are named by their numbers in the document's lists."""
+def _result(left: Left, parcel: _Parcel, taps: Mapping[Site, Tap], replicated: bool) -> Result:
+    """Say what one request left; `replicated`: this rank speaks for what every tensor-parallel rank holds."""
     captured, full = [], []
-
-    def place(positions: Tensor) -> int:
-        if id(positions) not in places:
-            places[id(positions)] = (len(places), wire.runs(positions.tolist()))
-        return places[id(positions)][0]
-
     for (site, edit), (rows, positions) in left.captured.items():
-        tap = columns.get(site)
+        tap = taps.get(site)
         sharded = tap is not None and tap.sharded
         if not sharded and not replicated:
             continue
-        key = str(len(tensors))
-        tensors[key] = rows.contiguous()
         captured.append(
             {
                 "site": str(site),
                 "edit": edit,
-                "key": key,
-                "positions": place(positions),
+                "rows": parcel.rows(rows),
+                "positions": parcel.place(positions.numpy()),
                 "module": None if tap is None else tap.module_path,
                 "offset": tap.offset if tap is not None and sharded else None,
             }
         )
-    for pairs, positions, values in left.full if replicated else ():
-        key = str(len(tensors))
-        tensors[key] = values.contiguous()
-        full.append({"ops": [(str(site), op) for site, op in pairs], "key": key, "positions": place(positions)})
-    return {
-        "label": left.label,
-        "req": left.req_id,
-        "digest": left.digest,
-        "prompt_length": left.prompt_length,
-        "rows": left.rows,
-        "cached": left.cached,
-        "problems": left.problems,
-        "nonfinite_logits": left.nonfinite_logits,
-        "reduce": left.reduce,
-        "ops": ops.setdefault(left.doses.names, len(ops)),
-        "captured": captured,
-        "full": full,
-    }
+    for pairs, where, values in left.full if replicated else ():
+        own, number = parcel.rows(torch.from_numpy(values).flatten(0, 1)), parcel.number(pairs)
+        full.append({"pairs": number, "rows": own, "positions": parcel.place(where)})
+    return Result(
+        left.label,
+        left.req_id,
+        left.digest,
+        left.prompt_length,
+        left.rows,
+        left.cached,
+        left.problems,
+        left.nonfinite_logits,
+        left.reduce,
+        parcel.ops.setdefault(left.doses.names, len(parcel.ops)),
+        captured,
+        full,
+    )
 
 
 _VERBS = {

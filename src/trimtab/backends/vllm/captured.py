@@ -105,7 +105,7 @@ class Recorder:
             self.nbytes -= rows.nbytes
             same = tuple(id(where) for _, where in parts)
             if same not in orders:
-                orders[same] = _order(torch.cat([where for _, where in parts]))
+                orders[same] = _order(parts[0][1] if len(parts) == 1 else torch.cat([where for _, where in parts]))
             positions, order = orders[same]
             found[key] = (rows if order is None else rows[order], positions)
         return found
@@ -130,7 +130,7 @@ def _shares(passes: Sequence[tuple[Wanted, int]]) -> Shares:
 
 def _order(positions: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return positions in order, each once, and the rows that they are of; None: all, as they stand."""
-    if bool((positions[1:] > positions[:-1]).all()):
+    if len(positions) < 2 or bool((positions[1:] > positions[:-1]).all()):
         return positions, None
     order = torch.argsort(positions, stable=True)
     positions = positions[order]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +16,13 @@ from torch import Tensor
 
 from trimtab import errors
 from trimtab.backends.vllm import wire
-from trimtab.backends.vllm.answers import COUNTS, DOCUMENT
+from trimtab.backends.vllm.answers import COUNTS
 from trimtab.backends.vllm.config import KEY, REMEDY, asked
 from trimtab.backends.vllm.counts import NOTHING, Ints, Names, OpReport, OpReports
 from trimtab.backends.vllm.liveness import end_waits_when_dead
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind
-from trimtab.backends.vllm.wire import CaptureSpec, Dose, RequestData
+from trimtab.backends.vllm.wire import CaptureSpec, Dose, RequestData, Result
 from trimtab.errors import BackendError, InputError, SteeringError
 from trimtab.sites import Site
 from trimtab.steering import Positions, Steering
@@ -269,6 +268,7 @@ class Client:
         if ours.get("forced") is not None:
             settings |= {"max_tokens": len(ours["forced"]), "ignore_eos": True}
         extra = {**(settings.pop("extra_args", None) or {}), **self.extra_args(steering, **ours)}
+        settings.setdefault("skip_clone", True)  # made for one request, so the engine need not copy it deeply
         return SamplingParams(extra_args=extra, **settings)
 
     def recorded(self, patterns: Sequence[str]) -> tuple[Site, ...]:
@@ -303,9 +303,12 @@ class Client:
         merged: dict[tuple[str, str], _Merge] = {}
         for document, tensors in answers:
             counts, row = tensors[COUNTS].numpy(), 0
-            for result in document["results"]:
-                names = document["ops"][result["ops"]]
-                merge = merged.setdefault((result["label"], result["req"]), _Merge(result))
+            for given in document["results"]:
+                result = Result(*given)
+                names = document["ops"][result.ops]
+                merge = merged.get((result.label, result.req_id))
+                if merge is None:
+                    merge = merged[result.label, result.req_id] = _Merge(result)
                 merge.add(result, document, tensors, self.info.widths)
                 merge.count(names, counts[row : row + len(names)])
                 row += len(names)
@@ -360,22 +363,20 @@ class Client:
     def _files(self, verb: str, payload: bytes) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
         found = []
         for data in self._raw(verb, payload):
-            if data[:1] == b"{":
-                _raise(wire.from_bytes(data))
-            size = int.from_bytes(data[:8], "little")
-            document = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][DOCUMENT])
+            document, tensors = wire.from_parcel(data)
+            _raise(document)
             document["ops"] = [tuple((site, op) for site, op in one) for one in document["ops"]]
             document["positions"] = [wire.positions_of(one) for one in document["positions"]]
-            found.append((document, safetensors.torch.load(data)))
+            found.append((document, tensors))
         return found
 
 
 class _Merge:
     """One request as all workers saw it."""
 
-    def __init__(self, result: dict[str, Any]) -> None:
+    def __init__(self, result: Result) -> None:
         self._first = result
-        self._ranks: Counter[int] = Counter()
+        self._ranks: dict[int, int] = {}
         self._problems: dict[str, None] = {}
         self._nonfinite = False
         self._ops: dict[Names, Ints] = {}
@@ -383,21 +384,23 @@ class _Merge:
         self._full: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
 
     def add(
-        self, result: dict[str, Any], document: dict[str, Any], tensors: dict[str, Tensor], widths: Mapping[Site, int]
+        self, result: Result, document: dict[str, Any], tensors: dict[str, Tensor], widths: Mapping[Site, int]
     ) -> None:
         """Take what one worker holds; replicated ranks agree, and the first one is kept."""
-        self._problems |= dict.fromkeys(result["problems"])
-        self._nonfinite |= result["nonfinite_logits"]
-        self._ranks[document["engine"]] += 1
-        for one in result["full"]:
+        self._problems |= dict.fromkeys(result.problems)
+        self._nonfinite |= result.nonfinite_logits
+        self._ranks[document["engine"]] = self._ranks.get(document["engine"], 0) + 1
+        for one in result.full:
             where = document["positions"][one["positions"]]
-            for (site_text, number), values in zip(one["ops"], tensors[one["key"]].unbind(), strict=True):
+            pairs = document["pairs"][one["pairs"]]
+            parts = _rows(one, tensors).view(len(pairs), len(where), -1).unbind()
+            for (site_text, number), values in zip(pairs, parts, strict=True):
                 self._full.setdefault((site_text, number), (where, values))
-        for one in result["captured"]:
-            site, rows = Site.parse(one["site"]), tensors[one["key"]]
+        for one in result.captured:
+            site, rows = Site.parse(one["site"]), _rows(one, tensors)
             key = (one["site"], one["edit"])
             if one["offset"] is not None:
-                added = result["reduce"] == "projection"  # a projection is the sum of those of the parts
+                added = result.reduce == "projection"  # a projection is the sum of those of the parts
                 rows = self._assemble(
                     key, rows, 0 if added else one["offset"], rows.shape[1] if added else widths[site]
                 )
@@ -408,7 +411,7 @@ class _Merge:
                 document["positions"][one["positions"]],
                 one["module"],
                 document["pp_rank"],
-                result["reduce"],
+                result.reduce,
             )
             if one["offset"] is not None or key not in self._captured:
                 self._captured[key] = place
@@ -429,22 +432,35 @@ class _Merge:
         whole[:, offset : offset + rows.shape[1]] += rows
         return whole
 
+    def _counted(self) -> OpReports:
+        if not self._ops:
+            return NOTHING
+        if len(self._ops) == 1:  # one pipeline stage
+            ((names, values),) = self._ops.items()
+            return OpReports(names, values)
+        return OpReports(tuple(chain.from_iterable(self._ops)), np.concatenate([NOTHING.values, *self._ops.values()]))
+
     def report(self) -> Report:
         """Return the request as one."""
         first = self._first
         return Report(
-            first["label"],
-            first["req"],
-            first["digest"],
-            first["prompt_length"],
-            first["rows"],
-            first["cached"],
+            first.label,
+            first.req_id,
+            first.digest,
+            first.prompt_length,
+            first.rows,
+            first.cached,
             tuple(self._problems),
-            OpReports(tuple(chain.from_iterable(self._ops)), np.concatenate([NOTHING.values, *self._ops.values()])),
+            self._counted(),
             tuple(self._captured.values()),
             self._full,
             self._nonfinite,
         )
+
+
+def _rows(place: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    name, first, end = place["rows"]
+    return tensors[name][first:end]
 
 
 def attach(llm: Any) -> Client:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trimtab.backends.vllm.bound import Bound
+from trimtab.backends.vllm.counts import Counted
 from trimtab.backends.vllm.step import Ints, Measured, Span, Step
 from trimtab.sites import Site
 
@@ -18,26 +21,30 @@ COLUMNS = ("p_before", "p_after", "cap_delta", "clamped", "ratio")
 LOGITS = Site.parse("logits")
 _MAX_PASSES = 64
 
+Floats = np.ndarray[Any, np.dtype[np.float32]]
+Ops = tuple[tuple[Site, int], ...]
+"""Site, and number of the op there."""
+
 
 class Doses(NamedTuple):
     """What several ops did at the same rows of one request."""
 
-    ops: tuple[tuple[Site, int], ...]
-    """Site, and number of the op there."""
-    positions: Tensor
+    ops: Ops
+    positions: Ints
     """int64 [m]."""
-    values: Tensor
-    """float32 [ops, m, 5]."""
+    values: Floats
+    """[ops, m, 5]."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """What one pass measured at the sites from `first` on: [sites, rows, ops, 5]."""
+    """What one pass measured, at the logits or at all other sites."""
 
     measured: Measured
     shift: int
-    first: int
-    values: Tensor
+    logits: bool
+    values: Floats
+    """[sites, rows, ops, 5]."""
 
 
 class DoseRecorder:
@@ -58,6 +65,7 @@ class DoseRecorder:
         self._buffer: Tensor | None = None
         self._passes: list[_Pass] = []
         self._kept: dict[str, list[Doses]] = {}
+        self._listed: WeakKeyDictionary[Counted, tuple[dict[int, Ops], dict[int, Ops]]] = WeakKeyDictionary()
 
     def buffer(self, site: Site) -> Tensor:
         """Return what a bank fills for the rows that an op selects: float32 [max_rows, ops, 5]."""
@@ -72,54 +80,76 @@ class DoseRecorder:
         if len(self._passes) >= _MAX_PASSES:
             self._settle()
         first, stop = (self._inner, len(self._number)) if logits else (0, self._inner)
-        values = self._buffer[first:stop].index_select(1, step.measured.rows).cpu()
-        self._passes.append(_Pass(step.measured, step.shift, first, values))
+        rows, filled = step.measured.rows, self._buffer[first:stop]
+        on_host = self._device.type == "cpu"
+        values = filled.numpy().take(rows.numpy(), axis=1) if on_host else filled.index_select(1, rows).cpu().numpy()
+        self._passes.append(_Pass(step.measured, step.shift, logits, values))
 
     def _settle(self) -> None:
         """Hand what was measured to the requests; passes between which only positions changed, together."""
         passes, self._passes = self._passes, []
-        for _, several in groupby(passes, key=lambda one: (id(one.measured), one.first)):
+        for _, several in groupby(passes, key=lambda one: (id(one.measured), one.logits)):
             run = list(several)
-            shifts = torch.tensor([one.shift for one in run])
-            values = torch.stack([one.values for one in run]).permute(1, 3, 0, 2, 4)  # [sites, ops, passes, rows, 5]
+            measured, logits = run[0].measured, run[0].logits
+            first = self._inner if logits else 0
+            shifts = np.array([one.shift for one in run])
+            values = np.stack([one.values for one in run])  # [passes, sites, rows, ops, 5]
+            picked: dict[Ops, Floats] = {}  # [ops, passes, rows, 5]; requests whose ops are at the same places share it
             row = 0
-            for span in run[0].measured.spans:
+            for span in measured.spans:
                 rows = slice(row, row + span.count)
                 row += span.count
-                made = self._doses(span, run[0].measured.gain[rows], shifts, values[:, :, :, rows], run[0].first)
+                listed = self._ops(span.bound, logits=logits)
+                for ops in listed.values():
+                    if ops not in picked:
+                        sites, numbers = zip(*((self._number[site] - first, op) for site, op in ops), strict=True)
+                        picked[ops] = values[:, sites, :, numbers]
+                made = _doses(span, measured.gain[rows], shifts, rows, listed, picked)
                 self._kept.setdefault(span.bound.req_id, []).extend(made)
 
-    def _doses(self, span: Span, gain: Ints, shifts: Tensor, values: Tensor, first: int) -> Iterator[Doses]:
-        """Yield what the ops of one request did, those that select by the same key together."""
-        one = span.bound
-        listed: dict[int, list[tuple[Site, int]]] = {}
-        for site, program in (one.program or {}).items():
-            if 0 <= self._number.get(site, -1) - first < len(values):
-                for op, step in enumerate(program.steps):
-                    listed.setdefault(one.keys[step.key], []).append((site, op))
-        positions = (torch.arange(span.start, span.start + span.count) + shifts[:, None]).flatten()
-        for key, ops in listed.items():
-            chosen = ~np.isnan(gain[:, key])
-            if not chosen.any():
-                continue
-            mine = values[[self._number[site] - first for site, _ in ops], [op for _, op in ops]].flatten(1, 2)
-            if chosen.all():
-                yield Doses(tuple(ops), positions, mine)
-            else:
-                where = torch.from_numpy(chosen).repeat(len(shifts))
-                yield Doses(tuple(ops), positions[where], mine[:, where])
+    def _ops(self, one: Bound, *, logits: bool) -> dict[int, Ops]:
+        """Return the ops of a request at the logits, or at all other sites, by the key that selects their rows."""
+        if one.counted_ops is None or one.program is None:
+            return {}
+        found = self._listed.get(one.counted_ops)
+        if found is None:
+            listed: tuple[dict[int, list[tuple[Site, int]]], ...] = ({}, {})
+            for site, program in one.program.items():
+                if site in self._number:
+                    for op, step in enumerate(program.steps):
+                        listed[site == LOGITS].setdefault(one.keys[step.key], []).append((site, op))
+            inner, outer = ({key: tuple(ops) for key, ops in part.items()} for part in listed)
+            found = self._listed[one.counted_ops] = (inner, outer)
+        return found[logits]
 
     def collect(self, req_id: str) -> list[Doses]:
         """Return and let go of the full dose of a request."""
         self._settle()
-        found: dict[tuple[tuple[Site, int], ...], list[Doses]] = {}
+        found: dict[Ops, list[Doses]] = {}
         for part in self._kept.pop(req_id, ()):
             found.setdefault(part.ops, []).append(part)
         return [_joined(parts) for parts in found.values()]
 
 
+def _doses(
+    span: Span, gain: Ints, shifts: Ints, rows: slice, listed: dict[int, Ops], picked: dict[Ops, Floats]
+) -> Iterator[Doses]:
+    """Yield what the ops of one request did, those that select by the same key together."""
+    positions = (np.arange(span.start, span.start + span.count) + shifts[:, None]).ravel()
+    for key, ops in listed.items():
+        chosen = ~np.isnan(gain[:, key])
+        if not chosen.any():
+            continue
+        mine = picked[ops][:, :, rows].reshape(len(ops), -1, len(COLUMNS))
+        if chosen.all():
+            yield Doses(ops, positions, mine)
+        else:
+            where = np.tile(chosen, len(shifts))
+            yield Doses(ops, positions[where], mine[:, where])
+
+
 def _joined(parts: Sequence[Doses]) -> Doses:
     if len(parts) == 1:
         return parts[0]
-    positions = torch.cat([one.positions for one in parts])
-    return Doses(parts[0].ops, positions, torch.cat([one.values for one in parts], dim=1))
+    positions = np.concatenate([one.positions for one in parts])
+    return Doses(parts[0].ops, positions, np.concatenate([one.values for one in parts], axis=1))

@@ -388,10 +388,12 @@ class WorkerState:
                 counts = counts.cpu().numpy()
             selected = None if one.table is None else one.table.selected(one.cached, one.done)
             left.doses = one.counted_ops.report(counts, selected)
-        # where a neighbour in the batch wants both states of a site, both are taken
-        held = self.recorder.collect(one.req_id)
-        left.captured = {key: rows for key, rows in held.items() if key[1] in one.edits}
-        left.full = self.doses.collect(one.req_id)
+        if one.data.capture is not None:
+            # where a neighbour in the batch wants both states of a site, both are taken
+            held = self.recorder.collect(one.req_id)
+            left.captured = {key: rows for key, rows in held.items() if key[1] in one.edits}
+        if one.data.dose == "full":
+            left.full = self.doses.collect(one.req_id)
         left.nonfinite_logits = one.data.check_logits and bool(self.nonfinite_logits[one.number])
         return left
 
@@ -471,4 +473,4 @@ def resolve(patterns: Sequence[str], existing: Sequence[Site], num_layers: int) 
 
 
 def _size(left: Left) -> int:
-    return sum(rows.numel() * rows.element_size() for rows, _ in left.captured.values())
+    return sum(rows.nbytes for rows, _ in left.captured.values()) + sum(one.values.nbytes for one in left.full)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from trimtab.backends.vllm.bank import StepRows
 from trimtab.backends.vllm.bound import Bound
 from trimtab.errors import BackendError
 from trimtab.sites import Site
+from trimtab.steering import Positions
 
 Ints = np.ndarray[Any, np.dtype[Any]]
 _MAX_REACH = 4096
@@ -257,11 +260,10 @@ class Step:
         if token_ids is not None and self.device.type != "cpu":  # waits for the device
             token_ids = token_ids.cpu() if any(one.needs_tokens for one in bound.values()) else None
         self.token_ids = token_ids
-        for index, req_id in enumerate(req_ids):
+        for req_id, (first, last), start in zip(req_ids, pairwise(starts.tolist()), computed.tolist(), strict=True):
             one = bound.get(req_id) if req_id is not None else None
             if one is None:
                 continue
-            first, last, start = int(starts[index]), int(starts[index + 1]), int(computed[index])
             span = Span(one, first, last - first, start)
             self._place(span, token_ids)
             if one.captured is not None:
@@ -304,9 +306,11 @@ class Step:
     ) -> None:
         one = span.bound
         assert one.captured is not None
-        where = torch.arange(span.start, span.start + span.count)
-        ids = None if token_ids is None else token_ids[span.first : span.first + span.count]
-        chosen = one.captured.mask(where, one.prompt_length, ids).nonzero()[:, 0]
+        if one.captured.needs_tokens:
+            ids = None if token_ids is None else token_ids[span.first : span.first + span.count]
+            chosen = _chosen(one.captured, span.start, span.count, one.prompt_length, ids)
+        else:
+            chosen = _chosen_alike(one.captured, span.start, span.count, one.prompt_length)
         if chosen.numel():
             recorded.setdefault(one.capture_sites, []).append((span, chosen))
 
@@ -367,6 +371,15 @@ class Step:
         """Have taps do nothing until the next pass begins."""
         self._control[0] = 0
         op.passes.pop(self._id, None)
+
+
+def _chosen(captured: Positions, start: int, count: int, prompt_length: int, ids: Tensor | None = None) -> Tensor:
+    """Return which of `count` rows from a position on are chosen, int64."""
+    return captured.mask(torch.arange(start, start + count), prompt_length, ids).nonzero()[:, 0]
+
+
+_chosen_alike = lru_cache(maxsize=256)(_chosen)
+"""For requests of equal lengths; not to be written to."""
 
 
 def _settled(span: Span) -> bool:

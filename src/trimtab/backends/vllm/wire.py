@@ -11,11 +11,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, pairwise
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import safetensors.torch
+from torch import Tensor
 
 from trimtab.backends.vllm.config import KEY
+from trimtab.backends.vllm.counts import Ints
 from trimtab.backends.vllm.reduced import Kind
 from trimtab.errors import InputError
 
@@ -132,6 +135,24 @@ class Entry(dict[str, Any]):
         return dict, (dict(self),)
 
 
+class Result(NamedTuple):
+    """What one request left in one worker, as it travels: places are numbers in lists of the document around it."""
+
+    label: str
+    req_id: str
+    digest: str | None
+    prompt_length: int
+    rows: int
+    cached: int
+    problems: Sequence[str]
+    nonfinite_logits: bool
+    reduce: Kind
+    ops: int
+    """Sites and names of its ops."""
+    captured: Sequence[dict[str, Any]]
+    full: Sequence[dict[str, Any]]
+
+
 @lru_cache(maxsize=1024)
 def _ops_text(ops: tuple[tuple[str, str, str], ...]) -> str:
     """One text for all ops: vLLM walks through every list and mapping of a request's `extra_args`."""
@@ -153,7 +174,22 @@ def from_bytes(data: bytes) -> Any:
     return json.loads(bytes(data))
 
 
-def runs(positions: Sequence[int]) -> list[tuple[int, int]]:
+def to_parcel(document: Any, tensors: dict[str, Tensor]) -> bytes:
+    """Return a JSON document and tensors as bytes: the size of the first, it, and a safetensors file."""
+    text = to_bytes(document)
+    text += b" " * (-len(text) % 8)  # so that a parcel never begins like a document
+    return len(text).to_bytes(8, "little") + text + safetensors.torch.save(tensors)
+
+
+def from_parcel(data: bytes) -> tuple[Any, dict[str, Tensor]]:
+    """Read what `to_parcel` made; a document alone comes without tensors."""
+    if data[:1] == b"{":
+        return from_bytes(data), {}
+    end = 8 + int.from_bytes(data[:8], "little")
+    return from_bytes(data[8:end]), safetensors.torch.load(data[end:])
+
+
+def runs(positions: Sequence[int] | Ints) -> list[tuple[int, int]]:
     """Return positions as runs [first, last + 1) of consecutive ones, in their order."""
     array = np.asarray(positions, dtype=np.int64)
     ends = [*(np.flatnonzero(np.diff(array) != 1) + 1).tolist(), len(array)] if len(array) else []

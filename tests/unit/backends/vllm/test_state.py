@@ -273,7 +273,7 @@ def test_ops_outside_the_banks_act_count_and_measure_like_the_others() -> None:
     assert [number for _, number in ops] == [0, 1]
     assert positions.tolist() == [1, 2, 3]
     for number, dose in enumerate(expected.dose):
-        measured = values[number, :2]
+        measured = torch.from_numpy(values[number, :2])
         for column, name in enumerate(("p_before", "p_after", "cap_delta", "clamped", "ratio")):
             torch.testing.assert_close(measured[:, column], getattr(dose, name).float(), rtol=1e-5, atol=1e-5)
     assert not one.problems
