@@ -7,7 +7,7 @@ import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, count
 from typing import Any, Literal
 
 import numpy as np
@@ -93,7 +93,8 @@ class Client:
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._registered: OrderedDict[str, tuple[tuple[str, str, str], ...]] = OrderedDict()  # -> identities
+        self._name, self._made = uuid.uuid4().hex, count()
+        self._registered: OrderedDict[str, str] = OrderedDict()  # -> the ops, as requests carry them
         self._leaving: set[str] = set()
         self._captures: dict[tuple[Any, ...], CaptureSpec] = {}
         self._projected: OrderedDict[str, None] = OrderedDict()
@@ -140,7 +141,7 @@ class Client:
                 "max_payload_bytes where the engine is started"
             )
         self._ask("register", payload)
-        self._registered[digest] = steering.identities()
+        self._registered[digest] = wire.ops_text(steering.identities())
         self._leaving.discard(digest)
         self._trim()
         return digest
@@ -198,12 +199,12 @@ class Client:
                 "rows and full doses cannot be read out of device graphs; start the engine with enforce_eager=True"
             )
         digest = None if steering is None else self.register(steering)
-        label = uuid.uuid4().hex
+        label = f"{self._name}-{next(self._made)}"
         fresh = dose == "full" or (capture is not None and capture.positions not in _FRESH)
         data = RequestData(
             label=label,
             digest=digest,
-            ops=() if digest is None else self._registered[digest],
+            ops="" if digest is None else self._registered[digest],
             capture=capture,
             forced=None if forced is None else tuple(int(one) for one in forced),
             dose=dose,

@@ -63,6 +63,7 @@ class DoseRecorder:
         self._inner = len(listed) - (LOGITS in self._number)
         self._shape, self._device = (len(listed), max_rows, ops_per_site, len(COLUMNS)), device
         self._buffer: Tensor | None = None
+        self._on_host: Floats | None = None  # the same memory, on the CPU
         self._passes: list[_Pass] = []
         self._kept: dict[str, list[Doses]] = {}
         self._listed: WeakKeyDictionary[Counted, tuple[dict[int, Ops], dict[int, Ops]]] = WeakKeyDictionary()
@@ -71,6 +72,7 @@ class DoseRecorder:
         """Return what a bank fills for the rows that an op selects: float32 [max_rows, ops, 5]."""
         if self._buffer is None:
             self._buffer = torch.empty(self._shape, dtype=torch.float32, device=self._device)
+            self._on_host = self._buffer.numpy() if self._device.type == "cpu" else None
         return self._buffer[self._number[site]]
 
     def take(self, step: Step, *, logits: bool = False) -> None:
@@ -80,9 +82,10 @@ class DoseRecorder:
         if len(self._passes) >= _MAX_PASSES:
             self._settle()
         first, stop = (self._inner, len(self._number)) if logits else (0, self._inner)
-        rows, filled = step.measured.rows, self._buffer[first:stop]
-        on_host = self._device.type == "cpu"
-        values = filled.numpy().take(rows.numpy(), axis=1) if on_host else filled.index_select(1, rows).cpu().numpy()
+        if self._on_host is not None:
+            values = self._on_host[first:stop].take(step.measured.places, axis=1)
+        else:
+            values = self._buffer[first:stop].index_select(1, step.measured.rows).cpu().numpy()
         self._passes.append(_Pass(step.measured, step.shift, logits, values))
 
     def _settle(self) -> None:

@@ -56,6 +56,9 @@ class Measured:
     spans: tuple[Span, ...]
     """In the order of `rows`."""
     rows: Tensor
+    """On the device of the model."""
+    places: Ints
+    """The same on the host."""
     gain: Ints
     """float32 [len(rows), keys]."""
 
@@ -341,7 +344,8 @@ class Step:
                 spans.append(Span(span.bound, span.first + again, span.count - again, span.start + again))
         if spans:
             rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
-            self.measured = Measured(tuple(spans), torch.from_numpy(rows).to(self.device), self._host["gain"][rows])
+            places = torch.from_numpy(rows).to(self.device)
+            self.measured = Measured(tuple(spans), places, rows, self._host["gain"][rows])
 
     def _direct(self) -> None:
         """Say which taps have something to do, and which of them need Python for it."""

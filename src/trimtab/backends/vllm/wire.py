@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple
 
@@ -51,8 +50,8 @@ class RequestData:
     """Unique name under which doses and rows are kept; the children of n > 1 share it."""
     digest: str | None = None
     """Digest of the steering; None for an unsteered request."""
-    ops: tuple[tuple[str, str, str], ...] = ()
-    """Per op: digest of op and site, canonical positions, canonical gain as JSON."""
+    ops: str = ""
+    """What `ops_text` makes of the steering."""
     capture: CaptureSpec | None = None
     forced: tuple[int, ...] | None = None
     dose: Dose = "counts"
@@ -66,7 +65,7 @@ class RequestData:
         wire = Entry(v=VERSION, id=self.label, dose=self.dose)
         wire.data = self
         if self.digest is not None:
-            wire["steering"] = {"digest": self.digest, "ops": _ops_text(self.ops)}
+            wire["steering"] = {"digest": self.digest, "ops": self.ops}
         if self.capture is not None:
             wire["capture"] = {
                 "sites": list(self.capture.sites),
@@ -104,7 +103,7 @@ class RequestData:
         return cls(
             label=wire["id"],
             digest=steering["digest"] if steering else None,
-            ops=_ops(steering["ops"]) if steering else (),
+            ops=steering["ops"] if steering else "",
             capture=CaptureSpec(
                 sites=tuple(capture["sites"]),
                 edit=tuple(capture["edit"]),
@@ -153,15 +152,15 @@ class Result(NamedTuple):
     full: Sequence[dict[str, Any]]
 
 
-@lru_cache(maxsize=1024)
-def _ops_text(ops: tuple[tuple[str, str, str], ...]) -> str:
-    """One text for all ops: vLLM walks through every list and mapping of a request's `extra_args`."""
+def ops_text(ops: Iterable[tuple[str, str, str]]) -> str:
+    """Return the ops of a steering as a request carries them: [[digest, positions, gain], ...] as JSON.
+
+    One text for all, because vLLM walks through every list and mapping of a request's `extra_args`.
+
+    Args:
+        ops: per op, the digest of op and site, its canonical positions, its canonical gain as JSON.
+    """
     return json.dumps([[op, positions, json.loads(gain)] for op, positions, gain in ops], separators=(",", ":"))
-
-
-@lru_cache(maxsize=1024)
-def _ops(text: str) -> tuple[tuple[str, str, str], ...]:
-    return tuple((one[0], one[1], json.dumps(one[2], sort_keys=True)) for one in json.loads(text))
 
 
 def to_bytes(document: Any) -> bytes:

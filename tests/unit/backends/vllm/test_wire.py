@@ -11,7 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trimtab.backends.vllm.wire import VERSION, CaptureSpec, RequestData, from_bytes, positions_of, runs, to_bytes
+from trimtab.backends.vllm.wire import (
+    VERSION,
+    CaptureSpec,
+    RequestData,
+    from_bytes,
+    ops_text,
+    positions_of,
+    runs,
+    to_bytes,
+)
 from trimtab.errors import InputError
 
 words = st.text(max_size=8)
@@ -27,7 +36,7 @@ requests = st.builds(
     RequestData,
     label=words,
     digest=st.just("d" * 64),
-    ops=st.lists(st.tuples(words, words, gains), max_size=3).map(tuple),
+    ops=st.lists(st.tuples(words, words, gains), max_size=3).map(ops_text),
     capture=st.none() | captures,
     forced=st.none() | st.lists(st.integers(0, 1 << 31), max_size=4).map(tuple),
     dose=st.sampled_from(["counts", "full"]),
@@ -36,8 +45,7 @@ requests = st.builds(
 
 
 def fields(one: RequestData) -> Any:
-    ops = [(op, where, json.loads(gain)) for op, where, gain in one.ops]
-    return one.label, one.digest, ops, one.capture, one.forced, one.dose, one.salt
+    return one.label, one.digest, one.ops, one.capture, one.forced, one.dose, one.salt
 
 
 @given(requests)

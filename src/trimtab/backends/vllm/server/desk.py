@@ -39,7 +39,7 @@ class Plan:
 
     steering: Steering
     digest: str
-    ops: tuple[tuple[str, str, str], ...]
+    ops: str
     names: tuple[str, ...]
     owners: doses.Owners
     """Site -> per op, in order, where it comes from."""
@@ -200,7 +200,9 @@ class Desk:
                 for site, one in program.items():
                     there = owners.setdefault(str(site), [])
                     there.extend(doses.Owner(name, step.positions) for step in one.steps)
-            return Plan(whole, whole.digest, whole.identities(), tuple(name for name, _ in scaled), owners)
+            return Plan(
+                whole, whole.digest, wire.ops_text(whole.identities()), tuple(name for name, _ in scaled), owners
+            )
 
         try:
             return await asyncio.to_thread(make)
