@@ -1,33 +1,40 @@
 """Claims about the vLLM backend: what steering and recording cost beside stock vLLM without the plugin's setting.
 
 Two models, bfloat16, on the CPU with one thread: the embedded one (6 blocks, width 128: a decode step of about two
-milliseconds, so that overheads show) and one of the shape of Qwen3-0.6B with random weights. For each there are two
-engines in processes of their own, one stock and one with steering at every layer, that take turns; the embedded model
-has two more without compilation. Batches are 16 requests (256 where stated) of new random prompts, greedy, without an
-end token. A steering adds a vector and caps a projection at every layer, at every row.
+milliseconds, so that overheads show) and one of the shape of Qwen3-0.6B with random weights. For each there are three
+engines in processes of their own, two stock and one with steering at every layer, that take turns; the embedded model
+has three more without compilation. Batches are 16 requests (256 where stated), greedy, without an end token, and each
+has random prompts that no engine saw before, so that no prefix cache helps one side. A steering adds a vector and caps
+a projection at every layer, at every row.
 
 The figure is the CPU seconds of the engine's process over those of stock, minus 1. Everything a user pays for is in it:
 `client.params` of every request, `LLM.generate`, `client.collect`; the counts of what every op did are always on. A
-batch is compared with the mean of the stock batches before and after it, and those two with each other: the A/A
-control. Wall time stands in the notes.
+batch is compared with the mean of the stock batches before and after it. Two processes of the same program differ by
+several percent for as long as they live, so processes are what is sampled: a sample is the median over the rounds of
+one set of processes. The A/A control is the second stock engine in the place of the one that steers. Wall time stands
+in the notes.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from _claims import Measured, main
 from _vllm_engine import Batch, Engine
 
 QUICK_SECONDS = 180
-PAIRS = 3
+SETS = {"testbed": 15, "eager": 15, "qwen": 5}
+"""Sets of processes."""
+CONTROL = "control"
 LAYER = "layers.3.resid_post"
 EVERY_LAYER = "layers.*.resid_post"
+_numbers = itertools.count(1)
 
 
 def cases(base: Batch) -> dict[str, Batch]:
@@ -42,107 +49,128 @@ def cases(base: Batch) -> dict[str, Batch]:
     }
 
 
+class Case(NamedTuple):
+    """What stands between two batches of the baseline."""
+
+    engine: Engine
+    batch: Batch
+
+
 @dataclass(slots=True)
 class Samples:
-    """Ratios minus 1 of one case, in the order they were measured."""
+    """Ratios minus 1 of one case: those of the rounds of one set of processes, or one of every set."""
 
     cpu: list[float] = field(default_factory=list)
     wall: list[float] = field(default_factory=list)
-    control: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     """CPU seconds of the baseline."""
 
     def add(self, before: dict[str, Any], took: dict[str, Any], after: dict[str, Any]) -> None:
         self.cpu.append(2 * took["cpu"] / (before["cpu"] + after["cpu"]) - 1)
         self.wall.append(2 * took["wall"] / (before["wall"] + after["wall"]) - 1)
-        self.control.append(before["cpu"] / after["cpu"] - 1)
         self.seconds.append(after["cpu"])
 
-    def extend(self, other: Samples) -> None:
-        self.cpu += other.cpu
-        self.wall += other.wall
-        self.control += other.control
-        self.seconds += other.seconds
+    def add_median(self, other: Samples) -> None:
+        self.cpu.append(statistics.median(other.cpu))
+        self.wall.append(statistics.median(other.wall))
+        self.seconds.append(statistics.median(other.seconds))
 
-    def measured(self, name: str) -> Measured:
+    def measured(self, name: str, control: Samples) -> Measured:
         notes = {"wall": statistics.median(self.wall), "baseline_cpu_seconds": statistics.median(self.seconds)}
-        return Measured(name=name, samples=self.cpu, control=self.control, notes=notes)
+        return Measured(name=name, samples=self.cpu, control=control.cpu, notes=notes)
 
 
 @contextmanager
-def engines(model: str, *, eager: bool = False) -> Iterator[tuple[Engine, Engine]]:
-    """Start a stock engine and one that steers, at the same time; end them."""
-    running = [Engine(model, steered=steered, eager=eager) for steered in (False, True)]
+def engines(model: str, *, eager: bool = False) -> Iterator[tuple[Engine, Engine, Engine]]:
+    """Start two stock engines and one that steers, at the same time; end them."""
+    running = [Engine(model, steered=steered, eager=eager) for steered in (False, False, True)]
     try:
         for one in running:
             one.wait()
-        yield running[0], running[1]
+        yield running[0], running[1], running[2]
     finally:
         for one in running:
             one.close()
 
 
 def compare(
-    baseline: Engine, base: Batch, candidate: Engine, listed: dict[str, Batch], *, rounds: int, deadline: float
+    baseline: Engine, base: Batch, listed: dict[str, Case], *, rounds: int, deadline: float
 ) -> dict[str, Samples]:
     """Run every case between two batches of the baseline, `rounds` times, in turning order."""
     found = {name: Samples() for name in listed}
-    for engine, batch in ((baseline, base), *((candidate, one) for one in listed.values())):
-        engine.run(batch)  # warm up
-    for number in range(1, rounds + 1):
-        if time.perf_counter() > deadline and number > 3:
+
+    def run(engine: Engine, batch: Batch) -> dict[str, Any]:
+        return engine.run(replace(batch, number=next(_numbers)))
+
+    for engine, batch in (Case(baseline, base), *listed.values()):
+        run(engine, batch)  # warm up
+    for number in range(rounds):
+        if time.perf_counter() > deadline and number > 2:
             break
-        before = baseline.run(replace(base, number=number))
+        before = run(baseline, base)
         for name in list(listed)[:: -1 if number % 2 else 1]:
-            took = candidate.run(replace(listed[name], number=number))
-            after = baseline.run(replace(base, number=number))
+            took = run(*listed[name])
+            after = run(baseline, base)
             found[name].add(before, took, after)
             before = after
     return found
 
 
-def testbed(rounds: int, deadline: float) -> dict[str, Samples]:
+Groups = list[dict[str, Samples]]
+"""Cases that share a control, which is among them."""
+
+
+def testbed(rounds: int, deadline: float) -> Groups:
     base, large = Batch(), Batch(count=256)
-    many = {"256_steerings": replace(large, steerings=256)}
-    with engines("testbed") as (stock, steered):
-        found = compare(stock, base, steered, cases(base), rounds=rounds, deadline=deadline)
-        found |= compare(stock, large, steered, many, rounds=rounds // 2, deadline=deadline)
-        few, same = replace(large, steerings=16), {"256_over_16_steerings": many["256_steerings"]}
-        found |= compare(steered, few, steered, same, rounds=rounds // 2, deadline=deadline)
-    return found
+    few, many = replace(large, steerings=16), replace(large, steerings=256)
+    with engines("testbed") as (stock, other, steered):
+        usual = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
+        distinct = {CONTROL: Case(other, large), "256_steerings": Case(steered, many)}
+        same = {CONTROL: Case(steered, few), "256_over_16_steerings": Case(steered, many)}
+        return [
+            compare(stock, base, usual, rounds=rounds, deadline=deadline),
+            compare(stock, large, distinct, rounds=1, deadline=deadline),
+            compare(steered, few, same, rounds=1, deadline=deadline),
+        ]
 
 
-def eager(rounds: int, deadline: float) -> dict[str, Samples]:
+def eager(rounds: int, deadline: float) -> Groups:
     base = Batch()
-    with engines("testbed", eager=True) as (stock, steered):
-        listed = {"eager_16_steerings": replace(base, steerings=16)}
-        return compare(stock, base, steered, listed, rounds=rounds, deadline=deadline)
+    with engines("testbed", eager=True) as (stock, other, steered):
+        listed = {"eager_16_steerings": Case(steered, replace(base, steerings=16)), CONTROL: Case(other, base)}
+        return [compare(stock, base, listed, rounds=rounds, deadline=deadline)]
 
 
-def qwen(rounds: int, deadline: float) -> dict[str, Samples]:
+def qwen(rounds: int, deadline: float) -> Groups:
     base = Batch(prompt=16, new=8)
-    with engines("qwen") as (stock, steered):
-        return compare(stock, base, steered, cases(base), rounds=rounds, deadline=deadline)
+    with engines("qwen") as (stock, other, steered):
+        listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
+        return [compare(stock, base, listed, rounds=rounds, deadline=deadline)]
 
 
-def pooled(model: str, pairs: int, run: Callable[[], dict[str, Samples]]) -> Iterator[Measured]:
-    """Measure with several pairs of engines."""
-    found: dict[str, Samples] = {}
-    for _ in range(pairs):
-        for name, samples in run().items():
-            found.setdefault(name, Samples()).extend(samples)
-    for name, samples in found.items():
-        yield samples.measured(f"vllm_{model}_{name}")
+def sampled(model: str, sets: int, run: Callable[[], Groups]) -> Iterator[Measured]:
+    """Measure with several sets of processes."""
+    found: Groups = []
+    for _ in range(sets):
+        groups = run()
+        found = found or [{name: Samples() for name in group} for group in groups]
+        for group, others in zip(found, groups, strict=True):
+            for name, samples in group.items():
+                samples.add_median(others[name])
+    for group in found:
+        control = group.pop(CONTROL)
+        for name, samples in group.items():
+            yield samples.measured(f"vllm_{model}_{name}", control)
 
 
 def measure(quick: bool) -> Iterator[Measured]:
     end = time.perf_counter() + QUICK_SECONDS if quick else float("inf")
-    pairs = 1 if quick else PAIRS
-    yield from pooled("testbed", pairs, lambda: testbed(8 if quick else 12, end))
+    sets = dict.fromkeys(SETS, 1) if quick else SETS
+    yield from sampled("testbed", sets["testbed"], lambda: testbed(5, end))
     if time.perf_counter() < end - 60:
-        yield from pooled("testbed", pairs, lambda: eager(8 if quick else 12, end))
+        yield from sampled("testbed", sets["eager"], lambda: eager(4, end))
     if time.perf_counter() < end - 120:
-        yield from pooled("qwen", pairs, lambda: qwen(4 if quick else 5, end))
+        yield from sampled("qwen", sets["qwen"], lambda: qwen(3, end))
 
 
 if __name__ == "__main__":
