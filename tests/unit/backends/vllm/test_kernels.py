@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import shutil
 import stat
@@ -72,7 +73,7 @@ def an_op(draw, width):
 
 @st.composite
 def a_step(draw):
-    width = draw(st.sampled_from([1, 2, 3, 7, 16, 32, 33, 48, 64, 96, 160]))
+    width = draw(st.sampled_from([1, 2, 3, 7, 16, 32, 33, 48, 64, 96, 128, 160]))
     n = draw(st.integers(1, 6))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     programs = [
@@ -115,6 +116,37 @@ def test_both_kernels_agree_to_the_bit(step):
     assert torch.equal(counts_a, counts_b)
     if full:
         assert torch.equal(dose_a.nan_to_num(-9.0), dose_b.nan_to_num(-9.0))
+
+
+@compiled
+@pytest.mark.parametrize("math", ["float32", "bfloat16", "model"])
+@pytest.mark.parametrize("width", [32, 40, 64, 128, 512])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_vector_and_a_projection_are_the_same_in_both_kernels(dtype, width, math):
+    generator = torch.Generator().manual_seed(width)
+    u, v, x, residual = torch.randn(4, 12, width, generator=generator)
+    add, cap, ablate = Add(v[0], 0.3, math=math), Cap(u[0], -0.5, 0.5, math=math), Ablate(u[1], 0.0, math=math)
+    everything = [[add], [cap], [ablate], [add, cap], [add, ablate], [cap, add], [add, add, cap], [add, cap, ablate]]
+    rows = StepRows(
+        12,
+        torch.arange(12, dtype=torch.int32) % 4,
+        torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32),
+        torch.ones(12, 2),
+        torch.arange(12),
+    )
+    x = x.to(dtype)
+    x[:6, ::3] = -0.0
+    x[9], x[10, 0] = torch.finfo(dtype).max, float("inf")
+    for ops, stream in itertools.product(everything, (None, residual.to(dtype))):
+        results = []
+        for kernel in ("auto", "torch"):
+            made = bank(kernel, width, dtype, [program(ops, width)])
+            got = x.clone()
+            made.apply_(got, stream, rows)
+            results.append((got, made.counts))
+        assert torch.equal(bits(results[0][0]), bits(results[1][0]))
+        assert torch.equal(results[0][1], results[1][1])
+        assert not torch.equal(bits(results[0][0]), bits(x))
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])
