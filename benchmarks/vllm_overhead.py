@@ -29,7 +29,7 @@ from _claims import Measured, main
 from _vllm_engine import Batch, Engine
 
 QUICK_SECONDS = 180
-SETS = {"testbed": 15, "eager": 15, "qwen": 5}
+SETS = {"testbed": 15, "eager": 5, "qwen": 5}
 """Sets of processes."""
 CONTROL = "control"
 LAYER = "layers.3.resid_post"
@@ -170,7 +170,7 @@ def measure(quick: bool) -> Iterator[Measured]:
     if time.perf_counter() < end - 60:
         yield from sampled("testbed", sets["eager"], lambda: eager(4, end))
     if time.perf_counter() < end - 120:
-        yield from sampled("qwen", sets["qwen"], lambda: qwen(3, end))
+        yield from sampled("qwen", sets["qwen"], lambda: qwen(2, end))
 
 
 if __name__ == "__main__":
