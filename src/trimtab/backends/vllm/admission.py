@@ -15,6 +15,7 @@ from collections.abc import Container
 from typing import Any, NamedTuple
 
 from trimtab._base.log import get_logger
+from trimtab.backends.vllm.cache_keys import read_text
 from trimtab.backends.vllm.config import KEY, Policy
 from trimtab.backends.vllm.wire import RequestData
 from trimtab.errors import TrimtabError
@@ -232,6 +233,8 @@ def _problem(request: Any) -> str | None:
     params = request.sampling_params
     try:
         data = RequestData.of(params.extra_args if params is not None else None)
+        if data is not None and data.digest is not None:
+            read_text(data.ops)
         if data is not None and data.capture is not None:
             Positions.parse(data.capture.positions)
             for site in data.capture.sites:

@@ -115,9 +115,8 @@ class _Parcel:
         return name, first, first + len(rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        rows = self._rows.items()
-        return {name: torch.cat(several) if len(several) > 1 else several[0].contiguous() for name, several in rows}
+        """Return the tensors by name, and let go of what they were made of."""
+        return {name: torch.cat(self._rows.pop(name)) for name in list(self._rows)}
 
 
 def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
@@ -136,6 +135,7 @@ def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
         "engine": worker.engine,
         "dropped": worker.state.dropped,
     }
+    del lefts  # rows can be many: the parcel copies them
     return wire.to_parcel(document, {COUNTS: counts, **parcel.tensors()})
 
 

@@ -285,11 +285,16 @@ def _blocks(ops: str, prompt_length: int) -> BlockKeys:
     Raises:
         SteeringError: not of that form.
     """
-    return BlockKeys(_read(ops), prompt_length)
+    return BlockKeys(read_text(ops), prompt_length)
 
 
 @lru_cache(maxsize=512)
-def _read(ops: str) -> tuple[KeyedOp, ...]:
+def read_text(ops: str) -> tuple[KeyedOp, ...]:
+    """Read the ops of a request in the form of `wire.ops_text`.
+
+    Raises:
+        as `read_ops`.
+    """
     try:
         listed = [(str(digest), str(where), dict(gain)) for digest, where, gain in json.loads(ops)]
     except (TypeError, ValueError, AttributeError) as error:

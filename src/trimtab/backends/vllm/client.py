@@ -269,7 +269,8 @@ class Client:
         if ours.get("forced") is not None:
             settings |= {"max_tokens": len(ours["forced"]), "ignore_eos": True}
         extra = {**(settings.pop("extra_args", None) or {}), **self.extra_args(steering, **ours)}
-        settings.setdefault("skip_clone", True)  # made for one request, so the engine need not copy it deeply
+        if extra.keys() == {KEY}:  # made here, for one request: the engine need not copy it deeply
+            settings.setdefault("skip_clone", True)
         return SamplingParams(extra_args=extra, **settings)
 
     def recorded(self, patterns: Sequence[str]) -> tuple[Site, ...]:
@@ -438,7 +439,7 @@ class _Merge:
             return NOTHING
         if len(self._ops) == 1:  # one pipeline stage
             ((names, values),) = self._ops.items()
-            return OpReports(names, values)
+            return OpReports(names, values.copy())
         return OpReports(tuple(chain.from_iterable(self._ops)), np.concatenate([NOTHING.values, *self._ops.values()]))
 
     def report(self) -> Report:
@@ -460,8 +461,9 @@ class _Merge:
 
 
 def _rows(place: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:
+    """Return the rows of one request, a copy: a view would keep those of all requests that came with it."""
     name, first, end = place["rows"]
-    return tensors[name][first:end]
+    return tensors[name][first:end].clone()
 
 
 def attach(llm: Any) -> Client:

@@ -143,7 +143,8 @@ def _doses(
         chosen = ~np.isnan(gain[:, key])
         if not chosen.any():
             continue
-        mine = picked[ops][:, :, rows].reshape(len(ops), -1, len(COLUMNS))
+        own = np.array(picked[ops][:, :, rows], order="C")  # a copy: a view would keep what the whole batch did
+        mine = own.reshape(len(ops), -1, len(COLUMNS))
         if chosen.all():
             yield Doses(ops, positions, mine)
         else:

@@ -1,7 +1,7 @@
 """What travels with a request, and what comes back: plain data, no pickle.
 
 A request carries `SamplingParams.extra_args["trimtab"]`; steerings travel apart from requests, once per content, as the
-bytes of a steering file; captured rows come back as the bytes of a safetensors file.
+bytes of a steering file; what requests leave comes back as a parcel, a safetensors file with a document in it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from trimtab.backends.vllm.config import KEY
@@ -22,6 +23,7 @@ from trimtab.backends.vllm.reduced import Kind
 from trimtab.errors import InputError
 
 VERSION = 2
+_DOCUMENT = "document"
 Dose = Literal["counts", "full"]
 
 
@@ -174,18 +176,17 @@ def from_bytes(data: bytes) -> Any:
 
 
 def to_parcel(document: Any, tensors: dict[str, Tensor]) -> bytes:
-    """Return a JSON document and tensors as bytes: the size of the first, it, and a safetensors file."""
-    text = to_bytes(document)
-    text += b" " * (-len(text) % 8)  # so that a parcel never begins like a document
-    return len(text).to_bytes(8, "little") + text + safetensors.torch.save(tensors)
+    """Return a JSON document and tensors as bytes: a safetensors file, in which the document is a tensor of bytes."""
+    text = torch.frombuffer(bytearray(to_bytes(document)), dtype=torch.uint8)
+    return safetensors.torch.save(tensors | {_DOCUMENT: text})
 
 
 def from_parcel(data: bytes) -> tuple[Any, dict[str, Tensor]]:
     """Read what `to_parcel` made; a document alone comes without tensors."""
-    if data[:1] == b"{":
+    if data[:1] == b"{":  # a parcel begins with a size that is a multiple of 8
         return from_bytes(data), {}
-    end = 8 + int.from_bytes(data[:8], "little")
-    return from_bytes(data[8:end]), safetensors.torch.load(data[end:])
+    tensors = safetensors.torch.load(data)
+    return from_bytes(tensors.pop(_DOCUMENT).numpy().tobytes()), tensors
 
 
 def runs(positions: Sequence[int] | Ints) -> list[tuple[int, int]]:

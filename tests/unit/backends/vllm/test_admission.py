@@ -104,11 +104,11 @@ class Engine:
         self.first: list[str] = []
         self.outcomes: dict[str, str] = {}
 
-    def add(self, name: str, digest: str | None = None, *, tokens: int = 3, **other: Any) -> Any:
+    def add(self, name: str, digest: str | None = None, *, tokens: int = 3, ops: str = "[]", **other: Any) -> Any:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        steering = {"digest": digest, "ops": "[]"}
+        steering = {"digest": digest, "ops": ops}
         ours = None if digest is None else {"trimtab": {"v": 2, "id": name, "steering": steering}}
         request = Request(name, [1, 2, 3, 4], SamplingParams(max_tokens=tokens, extra_args=ours), None, **other)
         self.scheduler.add_request(request)
@@ -255,6 +255,17 @@ def test_a_refused_request_ends_with_an_error_and_never_runs(
     engine.drain()
     assert engine.first == ["a", "a2", "c"]
     assert engine.admission.counts() == Counts(0, 0, 1)
+
+
+@needs_vllm
+@pytest.mark.parametrize("ops", ["", "[[1]]", '[["d", "nowhere", {"kind": "Constant", "value": "0x1p+0"}]]'])
+def test_a_request_whose_ops_cannot_be_read_is_refused(ops: str, caplog: pytest.LogCaptureFixture) -> None:
+    engine = Engine(Admission(1))
+    engine.add("a", "A", ops=ops)
+    assert "request a is refused" in caplog.text
+    engine.drain()
+    assert engine.outcomes == {"a": "error"}
+    assert engine.first == []
 
 
 @needs_vllm

@@ -292,16 +292,69 @@ def test_an_op_that_cannot_act_says_so_and_leaves_the_others_alone() -> None:
     assert "Patch" in one.problems[0]
 
 
-def test_a_steering_is_sent_once_however_many_requests_name_it() -> None:
-    state, _ = steered()
+def attached(state: WorkerState, asked: list[str]) -> Client:
+    """Return a client of one worker; `asked` notes its verbs."""
     remote: Any = SimpleNamespace(state=state, taps=[], tp_rank=0, pp_rank=0, engine=0, workers=1)
-    asked = []
 
     def collective_rpc(method: str, args: tuple[str, bytes]) -> list[bytes]:
         asked.append(args[0])
         return [answer(remote, *args)]
 
-    client = Client(SimpleNamespace(collective_rpc=collective_rpc))
+    return Client(SimpleNamespace(collective_rpc=collective_rpc))
+
+
+def test_what_several_requests_leave_comes_home_apart_and_belongs_to_nobody_else() -> None:
+    state, model = steered()
+    client = attached(state, [])
+    sites = ["layers.0.resid_post", "layers.1.resid_post"]
+    wanted = {
+        "rows": client.extra_args(add(1), sites=sites, edit=("before", "after"), dose="full"),
+        "later": client.extra_args(add(2), sites=sites[:1], positions="1:3", dose="full"),
+        "mean": client.extra_args(add(1), sites=sites[:1], reduce="mean", dose="full"),
+        "plain": client.extra_args(),
+    }
+    for name, extra in wanted.items():
+        state.bind(name, extra, [1, 2, 3], 8)
+    names = list(wanted)
+    run(state, model, names, [3] * 4, [0] * 4)
+    for step in range(3, 5):
+        run(state, model, names, [1] * 4, [step] * 4)
+    states = torch.arange(12 * WIDTH).reshape(12, WIDTH).float()
+    alone = torch.arange(4 * WIDTH).reshape(4, WIDTH).float()
+    for name in names:
+        state.release(name)
+    for one in (dose for lefts in state._left.values() for left in lefts for dose in left.full):
+        assert one.values.base is None or one.values.base.nbytes == one.values.nbytes
+    rows, later, mean, plain = (one for (one,) in client.collect(wanted.values()))
+    own = torch.cat([states[:3], alone[:1], alone[:1]])
+    found = {(str(one.site), one.edit): one for one in rows.captured}
+    torch.testing.assert_close(found[sites[0], "before"].rows, own)
+    torch.testing.assert_close(found[sites[1], "after"].rows, own + vector(1))
+    assert found[sites[0], "after"].positions == (0, 1, 2, 3, 4)
+    (part,) = later.captured
+    torch.testing.assert_close(part.rows, states[4:6] + vector(2))
+    assert part.positions == (1, 2)
+    torch.testing.assert_close(
+        mean.captured[0].rows, (torch.cat([states[6:9], alone[2:3], alone[2:3]]) + vector(1)).mean(0, keepdim=True)
+    )
+    assert not plain.captured
+    assert len(plain.ops) == 0
+    for report in (rows, later, mean):
+        assert [(one.rows, one.selected) for one in report.ops] == [(5, 5)]
+        ((where, measured),) = report.full.values()
+        assert where == (0, 1, 2, 3, 4)
+        assert measured.shape == (5, 5)
+        for tensor in (measured, *(one.rows for one in report.captured)):
+            assert tensor.untyped_storage().nbytes() <= 2 * 5 * WIDTH * 4
+    assert rows.ops.values.base is None
+    with pytest.raises(BackendError, match="no request had it"):
+        client.collect(wanted.values())
+
+
+def test_a_steering_is_sent_once_however_many_requests_name_it() -> None:
+    state, _ = steered()
+    asked: list[str] = []
+    client = attached(state, asked)
     entries = [client.extra_args(add(number % 2))["trimtab"] for number in range(20)]
     assert asked == ["hello", "register", "register"]
     assert len({id(entry["steering"]["ops"]) for entry in entries}) == 2

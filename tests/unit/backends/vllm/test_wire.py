@@ -8,6 +8,7 @@ import pickle
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,10 +17,12 @@ from trimtab.backends.vllm.wire import (
     CaptureSpec,
     RequestData,
     from_bytes,
+    from_parcel,
     ops_text,
     positions_of,
     runs,
     to_bytes,
+    to_parcel,
 )
 from trimtab.errors import InputError
 
@@ -83,6 +86,19 @@ def test_what_another_hand_made_is_refused_in_one_line(entry: Any) -> None:
 )
 def test_documents_travel_as_bytes(document: Any) -> None:
     assert from_bytes(to_bytes(document)) == document
+
+
+@given(st.dictionaries(words, words, max_size=3), st.lists(st.sampled_from(["float32", "bfloat16"]), max_size=3))
+def test_a_parcel_holds_a_document_and_tensors(document: Any, dtypes: list[str]) -> None:
+    given = {str(n): torch.arange(3.0 * n).reshape(-1, 3).to(getattr(torch, one)) for n, one in enumerate(dtypes)}
+    read, tensors = from_parcel(to_parcel(document, given))
+    assert read == document
+    assert tensors.keys() == given.keys()
+    assert all(torch.equal(tensors[name], one) and tensors[name].dtype == one.dtype for name, one in given.items())
+
+
+def test_a_document_alone_is_a_parcel_without_tensors() -> None:
+    assert from_parcel(to_bytes({"error": "BackendError"})) == ({"error": "BackendError"}, {})
 
 
 @given(st.lists(st.integers(0, 6), max_size=8))

@@ -14,6 +14,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -347,7 +348,10 @@ bool finish(typename T::type* __restrict x, const typename T::type* __restrict r
     return y;
   };
   if (r)
-    for (int64_t i = 0; i < w; ++i) largest = std::max(largest, bits(T::load(r[i]) + one(i)) & ~SIGN);
+    for (int64_t i = 0; i < w; ++i) {
+      const float h = T::load(r[i]) + one(i);
+      largest = std::max(largest, bits(h) & ~SIGN);
+    }
   else
     for (int64_t i = 0; i < w; ++i) one(i);
   if (largest < T::over) return false;
