@@ -133,8 +133,6 @@ class Bound:
     cached: int = 0
     """Rows of the prompt that came from the prefix cache, and so were not computed."""
     first: bool = True
-    unread: bool = False
-    """Whether nobody will collect what it leaves."""
     problems: list[str] = field(default_factory=list)
     """Why ops did not act where they should have."""
 

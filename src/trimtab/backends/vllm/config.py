@@ -83,6 +83,8 @@ def asked(vllm_config: Any) -> PluginConfig | None:
     """Return what an engine was asked to install, or None."""
     additional = getattr(vllm_config, "additional_config", None)
     given = additional.get(KEY) if isinstance(additional, dict) else None
-    if given is None or given is False:
+    if given is False:
+        return None
+    if given is None:
         return PluginConfig() if os.environ.get("TRIMTAB_VLLM", "") == "1" else None
     return PluginConfig.of(given)

@@ -9,8 +9,19 @@ from trimtab.backends.vllm.config import KEY, PluginConfig
 from trimtab.errors import BackendError
 
 _RPC = "trimtab"
-_BY_TOKENS = ("LMCache", "HF3FS", "ExampleConnector")
-"""KV connectors that name blocks by their tokens alone, and would hand steered blocks to other requests."""
+_BY_HASH = frozenset({"OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector"})
+_BY_REQUEST = frozenset(
+    {
+        "NixlConnector",
+        "NixlPullConnector",
+        "NixlPushConnector",
+        "MooncakeConnector",
+        "MoRIIOConnector",
+        "DecodeBenchConnector",
+        "ExampleHiddenStatesConnector",
+    }
+)
+"""KV connectors that name blocks by the hashes that we key, or move those of one request: they keep steerings apart."""
 
 
 def install(core: Any, config: PluginConfig) -> None:
@@ -24,13 +35,21 @@ def install(core: Any, config: PluginConfig) -> None:
 
 
 def _refuse(vllm_config: Any) -> None:
-    transfer = vllm_config.kv_transfer_config
-    name = str(getattr(transfer, "kv_connector", "") or "")
-    if any(one.lower() in name.lower() for one in _BY_TOKENS):
-        raise BackendError(
-            f"the KV connector {name} names blocks by their tokens and would mix steered with unsteered ones; start "
-            "the engine without it, or without steering"
-        )
+    for name in _connectors(vllm_config.kv_transfer_config):
+        if name not in _BY_HASH | _BY_REQUEST:
+            raise BackendError(
+                f"the KV connector {name} names blocks by their tokens, or is not known to do otherwise, and would mix "
+                "steered with unsteered ones; start the engine without it, or without steering. Known: "
+                f"{', '.join(sorted(_BY_HASH | _BY_REQUEST))}"
+            )
+
+
+def _connectors(transfer: Any) -> list[str]:
+    """Return the names of the KV connectors of an engine, those inside of a MultiConnector included."""
+    name = getattr(transfer, "kv_connector", None)
+    if name != "MultiConnector":
+        return [str(name)] if name else []
+    return [str(one.get("kv_connector")) for one in transfer.kv_connector_extra_config.get("connectors", ())]
 
 
 def _watch(core: Any, gate: admission.Admission, known: set[str]) -> None:

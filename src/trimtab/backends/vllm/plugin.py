@@ -7,29 +7,62 @@ was asked to steer (`trimtab.backends.vllm.config.asked`); an engine that was no
 from __future__ import annotations
 
 import functools
+import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from trimtab._base.log import get_logger
 from trimtab.backends.vllm.config import TESTED, asked
 from trimtab.errors import PrerequisiteError
 
 RPC = "trimtab"
 """Name of the worker method that the client calls."""
+_log = get_logger(__name__)
+_CORE_MADE = "_initialize_effective_attention_block_size"
+"""The method that an engine core calls last of those that we need to be done."""
 
 
 def register() -> None:
     """Put up the two gates; a second call changes nothing.
 
-    vLLM loads plugins while a worker or a core is being made, so a gate is a method that is called later in that.
+    vLLM loads plugins while a worker or a core is being made, so a gate is a method that is called later in that. In a
+    release that lacks one, engines that were not asked to steer start as ever, and the others are refused.
     """
-    from vllm.v1.engine.core import EngineCore
-    from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
-
+    try:
+        from vllm.v1.engine.core import EngineCore
+        from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
+    except ImportError as error:
+        _log.warning("this vLLM cannot steer, its parts are elsewhere (%s): %s", error, _tested())
+        return
+    gates = ((WorkerWrapperBase, "init_worker"), (EngineCore, _CORE_MADE))
+    lacking = [f"{cls.__name__}.{name}" for cls, name in gates if not hasattr(cls, name)]
+    if lacking:
+        _wrap(WorkerBase, "__init__", after=functools.partial(_refuse_where_asked, lacking))
+        return
     _give_llvmlite_a_dictionary()
     _wrap(WorkerWrapperBase, "init_worker", before=lambda _: _give_llvmlite_a_dictionary())
     _wrap(WorkerBase, "__init__", after=_steer_worker)
-    _wrap(EngineCore, "_initialize_effective_attention_block_size", after=_steer_core)
+    _wrap(EngineCore, _CORE_MADE, after=_steer_core)
+
+
+def _refuse_where_asked(lacking: Sequence[str], worker: Any) -> None:
+    if asked(worker.vllm_config) is not None:
+        check_version()
+        raise PrerequisiteError(f"this vLLM has no {', '.join(lacking)}; {_tested()}")
+
+
+def _tested() -> str:
+    return f"steering is tested with {', '.join(f'{one}.x' for one in TESTED)}; pip install 'vllm~={TESTED[-1]}.0'"
+
+
+def log_as_vllm_does() -> None:
+    """Have our messages appear where vLLM's do, unless the program has said where messages go."""
+    ours, theirs = logging.getLogger("trimtab"), logging.getLogger("vllm")
+    told = [one for one in (*logging.getLogger().handlers, *ours.handlers) if not isinstance(one, logging.NullHandler)]
+    for handler in theirs.handlers if not told else ():
+        ours.addHandler(handler)
+        ours.setLevel(theirs.getEffectiveLevel())
 
 
 def _give_llvmlite_a_dictionary() -> None:
@@ -55,8 +88,7 @@ def check_version() -> None:
 
     if not any(found.startswith(f"{tested}.") or found == tested for tested in TESTED):
         raise PrerequisiteError(
-            f"vLLM {found} is installed and steering is tested with {', '.join(f'{one}.x' for one in TESTED)}; "
-            f"pip install 'vllm~={TESTED[-1]}.0', or start the engine without the trimtab setting"
+            f"vLLM {found} is installed and {_tested()}, or start the engine without the trimtab setting"
         )
 
 
@@ -68,9 +100,7 @@ def _wrap(
     cls: Any, name: str, *, before: Callable[[Any], None] = _nothing, after: Callable[[Any], None] = _nothing
 ) -> None:
     """Have functions called with the instance before and after a method of a class."""
-    stock = getattr(cls, name, None)
-    if stock is None:
-        raise PrerequisiteError(f"this vLLM has no {cls.__name__}.{name}; steering is tested with {TESTED[-1]}.x")
+    stock = getattr(cls, name)
     if hasattr(stock, "trimtab_stock"):
         return
 
@@ -89,6 +119,7 @@ def _steer_worker(worker: Any) -> None:
     config = asked(worker.vllm_config)
     if config is None:
         return
+    log_as_vllm_does()
     check_version()
     additional = worker.vllm_config.additional_config
     if isinstance(additional, dict):  # it is the caller's own, and the worker will write into it
@@ -108,6 +139,7 @@ def _steer_worker(worker: Any) -> None:
 def _steer_core(core: Any) -> None:
     config = asked(core.vllm_config)
     if config is not None:
+        log_as_vllm_does()
         from trimtab.backends.vllm import core as ours
 
         ours.install(core, config)

@@ -146,6 +146,8 @@ class WorkerState:
         self.table: Callable[[], Tensor] | None = None
         """Gives the table that it is looked up in, where it is nothing but that."""
         self._left: OrderedDict[str, list[Left]] = OrderedDict()
+        self._unread: OrderedDict[str, None] = OrderedDict()
+        """Labels of which nothing shall be kept; their requests may not have come yet."""
         self._left_bytes = 0
         self._dropped = 0
 
@@ -170,6 +172,11 @@ class WorkerState:
             SiteError: a site that the engine was not asked to steer.
             VectorError: a vector of another width than the states at its site.
         """
+        if len(payload) > self.config.max_payload_bytes:
+            raise SteeringError(
+                f"the steering takes {len(payload)} bytes and the engine takes {self.config.max_payload_bytes}; raise "
+                "max_payload_bytes where the engine is started"
+            )
         steering = Steering.loads(payload, name="the payload")
         digest = steering.digest
         if digest not in self._known:
@@ -369,7 +376,7 @@ class WorkerState:
             return
         self.step.forget()
         left = self._result(one)
-        if not one.unread:
+        if left.label not in self._unread:
             self._keep(left)
         if one.data.digest is not None:
             self.slots.give(one.data.digest)
@@ -425,12 +432,12 @@ class WorkerState:
 
     def discard(self, labels: Sequence[str]) -> None:
         """Let go of what requests left, or will leave, unread."""
-        wanted = set(labels)
-        for one in self.bound.values():
-            one.unread = one.unread or one.data.label in wanted
         for label in labels:
             for left in self._left.pop(label, []):
                 self._left_bytes -= _size(left)
+            self._unread[label] = None
+        while len(self._unread) > MAX_LEFT:
+            self._unread.popitem(last=False)
 
     def stats(self) -> dict[str, int]:
         """Return what is held, in numbers."""

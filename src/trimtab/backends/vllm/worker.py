@@ -160,5 +160,10 @@ def _refuse(config: Any) -> None:
         raise BackendError("steering does not run with microbatches (enable_dbo): start the engine without them")
     if getattr(config.compilation_config.pass_config, "enable_sp", False):
         raise BackendError("steering does not run with sequence parallelism (enable_sp): start the engine without it")
+    if config.scheduler_config.policy == "priority":
+        raise BackendError(
+            "steering does not run with priority scheduling, which keeps any number of preempted requests, and there "
+            "are places for those of max_num_seqs; start the engine with scheduling_policy='fcfs'"
+        )
     if config.model_config.runner_type == "pooling":
         raise BackendError("steering runs with generative models; this engine was started for pooling")
