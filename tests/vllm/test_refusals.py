@@ -95,6 +95,9 @@ def serving(model: str) -> dict[str, Any]:
         "ops": {"v": 2, "id": "c", "steering": {"digest": good.digest}},
         "capture": {"v": 2, "id": "d", "capture": {"sites": ["nowhere"], "edit": ["after"], "positions": "all"}},
         "selection": {"v": 2, "id": "e", "capture": {"sites": [SITE], "edit": ["after"], "positions": "tokens{"}},
+        "forced": {"v": 2, "id": "f", "forced": [5, 10**9]},
+        "edit": {"v": 2, "id": "g", "capture": {"sites": [SITE], "edit": "after", "positions": "all"}},
+        "label": {"v": 2, "id": ["h"]},
     }
     prompts = engine.prompts(len(handmade) + 2, 9)
     plain = engine.tokens(engine.generate(llm, prompts[:1], engine.sampling(**settings)))[0]
@@ -119,6 +122,17 @@ def serving(model: str) -> dict[str, Any]:
     two = [client.params(Steering({SITE: [Add(V, scale=k)]}), **settings) for k in (0.1, 0.2)]
     outputs = engine.generate(llm, [prompts[0]] * 2, two)
     found["full"] = [output.outputs[0].finish_reason for output in outputs]
+    found["full why"] = said(lambda: client.collect(two))
+    client.collect(two[:1])
+    outside = {
+        "steered": client.params(Steering({SITE: [Add(V)]}, positions="-40:"), **settings),
+        "recorded rows": client.params(good, sites=[SITE], positions="-40:", **settings),
+    }
+    for name, one in outside.items():
+        both = engine.generate(llm, prompts[:2], [engine.sampling(**settings), one])
+        ends = [output.outputs[0].finish_reason for output in both]
+        found[name] = [said(lambda one=one: client.collect([one])), ends, engine.tokens(both)[0] == plain]
+    found["forced"] = said(lambda: client.params(None, forced=[5, 10**9]))
     bad = client.params(Steering({SITE: [Patch(torch.ones(2, WIDTH))]}), **settings)  # two rows for nine
     both = engine.generate(llm, prompts[:2], [engine.sampling(**settings), bad])
     ((report,),) = client.collect([bad])
@@ -178,6 +192,7 @@ def found(model: str, tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("foreign", "InputError", ("params(...)",)),
         ("twice", "BackendError", ("is not kept in any engine",)),
         ("bytes", "SteeringError", ("payload",)),
+        ("forced", "InputError", ("1000000000", "ids from 0 to")),
     ],
 )
 def test_what_an_engine_cannot_do_is_refused_in_one_line(
@@ -198,6 +213,9 @@ def test_requests_that_another_hand_made_end_alone(found: Any) -> None:
         "ops": "error",
         "capture": "error",
         "selection": "error",
+        "forced": "error",
+        "edit": "error",
+        "label": "error",
     }
     assert found["beside"] == [True, "length", "length"]
     assert found["dose"] == [9 + 3]
@@ -210,6 +228,15 @@ def test_a_request_that_runs_is_not_collected(found: Any) -> None:
 
 def test_a_steering_beyond_the_slots_is_refused_where_that_was_asked_for(found: Any) -> None:
     assert found["full"] == ["length", "error"]
+    one_line(found["full why"], "BackendError", "request 2 of 2 was refused", "hold all 1 slots", "max_steering")
+
+
+@pytest.mark.parametrize("name", ["steered", "recorded rows"])
+def test_a_selection_before_the_prompt_is_refused_alone_and_says_why(name: str, found: Any) -> None:
+    why, ends, beside = found[name]
+    one_line(why, "PositionError", "the request was refused", "'-40:'", "which has 9 tokens")
+    assert ends == ["length", "error"]
+    assert beside
 
 
 def test_an_op_that_cannot_act_says_so_and_the_engine_goes_on(found: Any) -> None:

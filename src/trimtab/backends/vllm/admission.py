@@ -10,19 +10,20 @@ the one with the fewest requests, takes no new ones: they queue behind the head,
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Container
+from collections import Counter, OrderedDict
+from collections.abc import Container, Iterable
 from typing import Any, NamedTuple
 
 from trimtab._base.log import get_logger
-from trimtab.backends.vllm.cache_keys import read_text
+from trimtab.backends.vllm.cache_keys import keys_of
 from trimtab.backends.vllm.config import KEY, Policy
 from trimtab.backends.vllm.wire import RequestData
-from trimtab.errors import TrimtabError
+from trimtab.errors import BackendError, InputError, TrimtabError
 from trimtab.sites import Site
-from trimtab.steering import Positions
 
 log = get_logger(__name__)
+MAX_REASONS = 16384
+"""Refused requests of which is kept why."""
 
 
 class Counts(NamedTuple):
@@ -54,6 +55,7 @@ class Admission:
         self._closing: str | None = None  # the active steering that takes no new requests
         self._waiting: dict[str, tuple[str, list[Any]]] = {}  # in the order of arrival
         self._refused: dict[str, Any] = {}  # until their end is reported
+        self._reasons: OrderedDict[str, TrimtabError] = OrderedDict()  # by label, until they are asked for
         self._refusals = 0
 
     def counts(self) -> Counts:
@@ -71,35 +73,36 @@ class Admission:
             self._waiting[request_id][1].append(request)
             return False
         if digest is not None and self._known is not None and digest not in self._known:
-            log.error(
-                "request %s is refused: steering %s was never registered with this engine; make requests with "
-                "trimtab.vllm.attach(llm).params(...)",
+            return self.refuse(
                 request_id,
-                digest[:16],
+                request,
+                BackendError(
+                    f"steering {digest[:16]} was never registered with this engine; make requests with "
+                    "trimtab.vllm.attach(llm).params(...)"
+                ),
             )
-            return self._refuse(request_id, request)
         if digest is None or self._admit(request_id, digest):
             return True
         if self.policy == "refuse":
-            log.warning(
-                "request %s is refused: other steerings hold all %d slots; raise max_steering, or let requests wait",
-                request_id,
-                self.max_steering,
-            )
-            return self._refuse(request_id, request)
+            held = f"other steerings hold all {self.max_steering} slots; raise max_steering, or let requests wait"
+            return self.refuse(request_id, request, BackendError(held))
         self._waiting[request_id] = (digest, [request])
         self._close()
         return False
 
-    def refuse(self, request_id: str, request: Any, reason: str) -> None:
-        """Keep a request here until its refusal is reported."""
+    def refuse(self, request_id: str, request: Any, reason: TrimtabError) -> bool:
+        """Keep a request here until its refusal is reported, and why it was refused until somebody asks; False."""
         log.error("request %s is refused: %s", request_id, reason)
-        self._refuse(request_id, request)
-
-    def _refuse(self, request_id: str, request: Any) -> bool:
         self._refused[request_id] = request
+        self._reasons[_label(request) or request_id] = reason
+        if len(self._reasons) > MAX_REASONS:
+            self._reasons.popitem(last=False)
         self._refusals += 1
         return False
+
+    def take_reasons(self, labels: Iterable[str]) -> dict[str, TrimtabError]:
+        """Return why requests were refused, of those that were, by their labels; once."""
+        return {label: self._reasons.pop(label) for label in labels if label in self._reasons}
 
     def users(self, digest: str) -> int:
         """Return how many unfinished requests name a steering."""
@@ -185,7 +188,7 @@ def _admitting(stock: Any) -> type:
 
         def add_request(self, request: Any) -> None:
             name = request.request_id
-            problem = _problem(request)
+            problem = _problem(request, self.vllm_config.model_config.get_vocab_size())
             if problem is not None:
                 self.trimtab_admission.refuse(name, request, problem)
             elif name in self.requests or self.trimtab_admission.arrive(name, _digest(request), request):
@@ -228,26 +231,35 @@ def _admitting(stock: Any) -> type:
     return Admitting
 
 
-def _problem(request: Any) -> str | None:
-    """Say why a worker could not read what a request asks of it: there, an exception would end the engine."""
+def _problem(request: Any, vocabulary: int) -> TrimtabError | None:
+    """Say why what a request asks for cannot be: in a worker, an exception would end the engine."""
     params = request.sampling_params
     try:
         data = RequestData.of(params.extra_args if params is not None else None)
-        if data is not None and data.digest is not None:
-            read_text(data.ops)
-        if data is not None and data.capture is not None:
-            Positions.parse(data.capture.positions)
-            for site in data.capture.sites:
-                Site.parse(site)
+        if data is None:
+            return None
+        if data.digest is not None:
+            keys_of(data.ops, request.num_prompt_tokens)
+        for site in data.capture.sites if data.capture is not None else ():
+            Site.parse(site)
+        data.check(request.num_prompt_tokens, vocabulary)
     except TrimtabError as error:
-        return str(error)
+        return error
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        return f"extra_args[{KEY!r}] is malformed; make requests with trimtab.vllm.attach(llm).params(...)"
+        return InputError(f"extra_args[{KEY!r}] is malformed; make requests with trimtab.vllm.attach(llm).params(...)")
     return None
 
 
-def _digest(request: Any) -> str | None:
-    params = request.sampling_params
+def _ours(request: Any) -> dict[str, Any]:
+    params = getattr(request, "sampling_params", None)
     ours = params.extra_args.get(KEY) if params is not None and params.extra_args else None
-    steering = ours.get("steering") if isinstance(ours, dict) else None
+    return ours if isinstance(ours, dict) else {}
+
+
+def _label(request: Any) -> str:
+    return str(_ours(request).get("id", ""))
+
+
+def _digest(request: Any) -> str | None:
+    steering = _ours(request).get("steering")
     return str(steering["digest"]) if isinstance(steering, dict) and "digest" in steering else None

@@ -43,6 +43,7 @@ def _hello(worker: SteeredWorker, payload: bytes) -> bytes:
             "family": sites.family,
             "num_layers": sites.num_layers,
             "hidden_size": sites.hidden_size,
+            "vocab_size": sites.widths("logits"),
             "sites": [[str(site), sites.widths(site)] for site in sites.sites()],
             "steered": [str(site) for site in state.steered],
             "recorded": [str(site) for site in state.recorded],

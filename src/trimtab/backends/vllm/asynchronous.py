@@ -63,7 +63,11 @@ class AsyncClient:
         """What the engine says of itself."""
         return self._client.info
 
-    async def params(self, steering: Steering | None = None, **settings: Any) -> Any:
+    async def register(self, steering: Steering, name: str = "") -> str:
+        """Have every worker know a steering, and return its digest; as `Client.register`."""
+        return await asyncio.to_thread(self._client.register, steering, name)
+
+    async def params(self, steering: Steering | str | None = None, **settings: Any) -> Any:
         """Return vLLM's `SamplingParams` for one request; as `Client.params`."""
         return await asyncio.to_thread(self._client.params, steering, **settings)
 

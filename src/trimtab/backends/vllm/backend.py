@@ -28,7 +28,7 @@ from trimtab.backends.vllm.client import attach
 from trimtab.backends.vllm.config import DEFAULT_SITES
 from trimtab.backends.vllm.engine import start
 from trimtab.backends.vllm.results import Job
-from trimtab.errors import BackendError, InputError, SteeringError
+from trimtab.errors import BackendError, InputError, SteeringError, TrimtabError
 from trimtab.numerics import dtype_name, resolve_dtype
 from trimtab.sites import Site
 from trimtab.steering import Positions
@@ -299,11 +299,20 @@ class VLLMBackend:
                 f"the engine stopped: {' '.join(str(error).split())[:400]}; open the backend again, with a lower "
                 "batch_size or more memory (gpu_memory_utilization) if it ran out of it"
             ) from error
-        reports = self._client.collect(params)
-        for job, output, report in zip(jobs, outputs, reports, strict=True):
-            if output.outputs[0].finish_reason == "error":
-                raise BackendError(f"request {job.name!r} was refused by the engine; its log has the reason")
+        refused = [job for job, output in zip(jobs, outputs, strict=True) if output.outputs[0].finish_reason == "error"]
+        if refused:
+            self._client.discard(params)
+            raise BackendError(f"request {refused[0].name!r}: {self._why(refused[0])}")
+        for job, output, report in zip(jobs, outputs, self._client.collect(params), strict=True):
             job.take(output, report[0])
+
+    def _why(self, job: Job) -> str:
+        """Return why the engine refused a request."""
+        try:
+            self._client.collect([job.params])
+        except TrimtabError as error:
+            return str(error)
+        return "it was refused by the engine; its log has the reason"
 
 
 def _eos_ids(model_config: Any) -> frozenset[int]:

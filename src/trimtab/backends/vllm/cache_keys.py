@@ -275,7 +275,7 @@ def _gain(given: Mapping[str, str]) -> Gain:
 
 
 @lru_cache(maxsize=256)
-def _blocks(ops: str, prompt_length: int) -> BlockKeys:
+def keys_of(ops: str, prompt_length: int) -> BlockKeys:
     """Return the keys that requests of one steering and one prompt length share.
 
     Args:
@@ -284,8 +284,12 @@ def _blocks(ops: str, prompt_length: int) -> BlockKeys:
 
     Raises:
         SteeringError: not of that form.
+        PositionError: a selection that such a prompt cannot have.
     """
-    return BlockKeys(read_text(ops), prompt_length)
+    read = read_text(ops)
+    for op in read:
+        op.positions.check(prompt_length)
+    return BlockKeys(read, prompt_length)
 
 
 @lru_cache(maxsize=512)
@@ -322,7 +326,7 @@ class _Keys:
             self._salt, steering = given.get("salt"), given.get("steering")
             if steering is None:
                 return
-            self._blocks = _blocks(steering["ops"], request.num_prompt_tokens)
+            self._blocks = keys_of(steering["ops"], request.num_prompt_tokens)
             if request.prompt_embeds is not None and self._blocks.needs_tokens:
                 self._whole = f"steering:{steering['digest']}"
         except (TrimtabError, AttributeError, TypeError, KeyError) as error:

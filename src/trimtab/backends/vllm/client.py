@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 import uuid
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +29,9 @@ from trimtab.sites import Site
 from trimtab.steering import Positions, Steering
 
 MAX_REGISTERED = 1024
-"""Steerings that the client keeps registered at once."""
+"""Steerings without a name or a request to come that the client keeps registered."""
+MAX_MADE = 16384
+"""Requests made and not collected whose steerings are kept; as many as a worker keeps results of."""
 _FRESH = frozenset({"generated", "response", "last_prompt"})
 """Selections whose rows are computed whatever the prefix cache holds."""
 
@@ -78,6 +81,7 @@ class Info:
     family: str
     num_layers: int
     hidden_size: int
+    vocab_size: int
     widths: Mapping[Site, int]
     steered: tuple[Site, ...]
     recorded: tuple[Site, ...]
@@ -89,12 +93,16 @@ class Info:
 
 
 class Client:
-    """The client side of a steered engine; see `attach`."""
+    """The client side of a steered engine; see `attach`. Threads may share it."""
 
     def __init__(self, engine: Any) -> None:
         self._engine = engine
-        self._name, self._made = uuid.uuid4().hex, count()
+        self._lock = threading.RLock()
+        self._name, self._numbers = uuid.uuid4().hex, count()
         self._registered: OrderedDict[str, str] = OrderedDict()  # -> the ops, as requests carry them
+        self._named: dict[str, str] = {}
+        self._made: OrderedDict[str, str] = OrderedDict()  # requests made and not collected -> their steering
+        self._users: Counter[str] = Counter()  # steering -> such requests
         self._leaving: set[str] = set()
         self._captures: dict[tuple[Any, ...], CaptureSpec] = {}
         self._projected: OrderedDict[str, None] = OrderedDict()
@@ -113,6 +121,7 @@ class Client:
             family=first["family"],
             num_layers=first["num_layers"],
             hidden_size=first["hidden_size"],
+            vocab_size=first["vocab_size"],
             widths={Site.parse(site): width for site, width in first["sites"]},
             steered=tuple(Site.parse(site) for site in first["steered"]),
             recorded=tuple(Site.parse(site) for site in first["recorded"]),
@@ -122,14 +131,25 @@ class Client:
             graphs=any(one["graphs"] for one in answers),
         )
 
-    def register(self, steering: Steering) -> str:
+    def register(self, steering: Steering, name: str = "") -> str:
         """Have every worker know a steering, and return its digest; equal content is sent once.
+
+        Args:
+            steering: what requests will name.
+            name: by which `params` finds it from now on; a steering that has one stays registered.
 
         Raises:
             SteeringError: an op that cannot be sent (Edit), a steering over the size limit, or one that does not fit
                 the sizes the engine was started with.
             SiteError, VectorError: it does not fit the model, or the engine does not steer there.
         """
+        with self._lock:
+            digest = self._register(steering)
+            if name:
+                self._named[name] = digest
+        return digest
+
+    def _register(self, steering: Steering) -> str:
         digest = steering.digest
         if digest in self._registered:
             self._registered.move_to_end(digest)
@@ -143,13 +163,17 @@ class Client:
         self._ask("register", payload)
         self._registered[digest] = wire.ops_text(steering.identities())
         self._leaving.discard(digest)
-        self._trim()
+        self._trim(digest)
         return digest
 
-    def _trim(self) -> None:
-        for digest in list(self._registered)[: max(len(self._registered) - MAX_REGISTERED, 0)]:
-            del self._registered[digest]
-            self._leaving.add(digest)
+    def _trim(self, newest: str) -> None:
+        """Forget the oldest of too many steerings that nothing names; requests made may not have reached the engine."""
+        if len(self._registered) > MAX_REGISTERED:
+            kept = {newest, *self._users, *self._named.values()}
+            idle = [digest for digest in self._registered if digest not in kept]
+            for digest in idle[: len(self._registered) - MAX_REGISTERED]:
+                del self._registered[digest]
+                self._leaving.add(digest)
         for digest in list(self._leaving):
             try:
                 self._ask("forget", wire.to_bytes({"digests": [digest]}))
@@ -157,9 +181,35 @@ class Client:
                 continue  # in use: it goes when it is idle. Other engines may have let go of it already
             self._leaving.discard(digest)
 
+    def _use(self, steering: Steering | str | None, label: str) -> tuple[str | None, str]:
+        """Return the digest and the ops of a request's steering, registered for as long as the request may come."""
+        if steering is None:
+            return None, ""
+        with self._lock:
+            if isinstance(steering, str):
+                if steering not in self._named:
+                    known = ", ".join(sorted(self._named)) or "none"
+                    raise SteeringError(f"no steering is registered as {steering!r}; there are: {known}")
+                digest = self._named[steering]
+            else:
+                digest = self._register(steering)
+            self._made[label] = digest
+            self._users[digest] += 1
+            if len(self._made) > MAX_MADE:
+                self._let_go(next(iter(self._made)))
+            return digest, self._registered[digest]
+
+    def _let_go(self, label: str) -> None:
+        """Note that a request is over: its steering may be forgotten."""
+        digest = self._made.pop(label, None)
+        if digest is not None:
+            self._users[digest] -= 1
+            if not self._users[digest]:
+                del self._users[digest]
+
     def extra_args(
         self,
-        steering: Steering | None = None,
+        steering: Steering | str | None = None,
         *,
         sites: Sequence[str] = (),
         edit: Sequence[str] = ("after",),
@@ -173,7 +223,7 @@ class Client:
         """Return `SamplingParams.extra_args` for one request; make a new one for each.
 
         Args:
-            steering: what acts on its rows.
+            steering: what acts on its rows, or the name by which it was registered.
             sites: site patterns to record.
             edit: "before", "after" or both: the state before the ops of a site, or after them.
             positions: rows to record.
@@ -188,9 +238,13 @@ class Client:
                 too, and cost more.
 
         Raises:
-            as `register`; SiteError for a site that the engine does not record.
+            as `register`; SteeringError for a name that is not registered; SiteError for a site that the engine does
+            not record; InputError for arguments out of their range, and tokens that the model does not know.
         """
         capture = None
+        for name, value in (("sites", sites), ("edit", edit)):
+            if isinstance(value, str):
+                raise InputError(f"{name} is the text {value!r}; a tuple was expected: ({value!r},)")
         if sites:
             kind, directions = self._reduction(reduce, sites)
             capture = self._capture(tuple(map(str, sites)), tuple(edit), positions, prompt_logits, kind, directions)
@@ -198,15 +252,17 @@ class Client:
             raise BackendError(
                 "rows and full doses cannot be read out of device graphs; start the engine with enforce_eager=True"
             )
-        digest = None if steering is None else self.register(steering)
-        label = f"{self._name}-{next(self._made)}"
+        along = None if forced is None else tuple(int(one) for one in forced)
+        wire.check_forced(along or (), self.info.vocab_size)
+        label = f"{self._name}-{next(self._numbers)}"
+        digest, ops = self._use(steering, label)
         fresh = dose == "full" or (capture is not None and capture.positions not in _FRESH)
         data = RequestData(
             label=label,
             digest=digest,
-            ops="" if digest is None else self._registered[digest],
+            ops=ops,
             capture=capture,
-            forced=None if forced is None else tuple(int(one) for one in forced),
+            forced=along,
             dose=dose,
             check_logits=check_logits,
             salt=label if fresh else None,
@@ -257,7 +313,7 @@ class Client:
                 self._projected.popitem(last=False)
         return "projection", digest
 
-    def params(self, steering: Steering | None = None, **settings: Any) -> Any:
+    def params(self, steering: Steering | str | None = None, **settings: Any) -> Any:
         """Return vLLM's `SamplingParams` for one request: settings of `extra_args`, and those of SamplingParams."""
         from vllm.sampling_params import SamplingParams  # vllm's own attribute imports anew at every look
 
@@ -296,11 +352,21 @@ class Client:
             params: the `SamplingParams` (or extra_args) that the requests were made with.
 
         Raises:
-            BackendError: a request that no engine saw, or that was collected before. What came home of the others is
-                kept for the next call.
+            BackendError: a request that no engine saw, that runs still, or that was collected before. What came home of
+                the others is kept for the next call.
+            TrimtabError: a request that was refused; the message says why.
         """
         labels = [self.label(one) for one in params]
-        answers = self._files("collect", wire.to_bytes({"labels": [one for one in labels if one not in self._home]}))
+        with self._lock:
+            self._bring_home(labels)
+            found = {label: self._home.pop(label) for label in dict.fromkeys(labels)}
+            for label in labels:
+                self._let_go(label)
+        return [found[label] for label in labels]
+
+    def _bring_home(self, labels: Sequence[str]) -> None:
+        """Have the reports of some requests in `_home`; raises as `collect`."""
+        answers, refused, problems = self._parcels([one for one in labels if one not in self._home])
         ranks = Counter(document["engine"] for document, _ in answers)
         merged: dict[tuple[str, str], _Merge] = {}
         for document, tensors in answers:
@@ -319,17 +385,29 @@ class Client:
             if label not in partial:
                 self._home.setdefault(label, []).append(merge.report())
         missing = [label for label in labels if label not in self._home]
+        for label in refused:
+            self._let_go(label)
+        if refused:
+            label, (kind, message) = next(iter(refused.items()))
+            which = f"request {labels.index(label) + 1} of {len(labels)}" if len(labels) > 1 else "the request"
+            more = f" ({len(refused) - 1} more were refused)" if len(refused) > 1 else ""
+            raise _error(kind, f"{which} was refused: {message}{more}")
+        if missing and problems:
+            raise problems[0]
         if missing:
             dropped = sum(document["dropped"] for document, _ in answers)
             why = f"{dropped} results were dropped uncollected" if dropped else "no request had it"
             where = "in some workers of its engine" if missing[0] in partial else "in any engine"
             raise BackendError(f"{missing[0]!r} is not kept {where}: {why}")
-        found = {label: self._home.pop(label) for label in dict.fromkeys(labels)}
-        return [found[label] for label in labels]
 
     def discard(self, params: Iterable[Any]) -> None:
-        """Let go of what finished requests left."""
-        self._ask("discard", wire.to_bytes({"labels": [self.label(one) for one in params]}))
+        """Let go of what requests left, or will leave."""
+        labels = [self.label(one) for one in params]
+        with self._lock:
+            self._ask("discard", wire.to_bytes({"labels": labels}))
+            for label in labels:
+                self._home.pop(label, None)
+                self._let_go(label)
 
     def stats(self) -> list[dict[str, Any]]:
         """Return what each worker holds, in numbers."""
@@ -362,15 +440,23 @@ class Client:
             _raise(one)
         return answers
 
-    def _files(self, verb: str, payload: bytes) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
-        found = []
-        for data in self._raw(verb, payload):
+    def _parcels(
+        self, labels: Sequence[str]
+    ) -> tuple[list[tuple[dict[str, Any], dict[str, Tensor]]], dict[str, tuple[str, str]], list[errors.TrimtabError]]:
+        """Return what workers hold of requests, why some were refused, and what engines answered instead."""
+        found, problems = [], []
+        refused: dict[str, tuple[str, str]] = {}
+        for data in self._raw("collect", wire.to_bytes({"labels": labels})):
             document, tensors = wire.from_parcel(data)
-            _raise(document)
-            document["ops"] = [tuple((site, op) for site, op in one) for one in document["ops"]]
-            document["positions"] = [wire.positions_of(one) for one in document["positions"]]
-            found.append((document, tensors))
-        return found
+            if "error" in document:
+                problems.append(_error(document["error"], document["message"]))
+            elif "refused" in document:
+                refused |= {label: (kind, message) for label, (kind, message) in document["refused"].items()}
+            else:
+                document["ops"] = [tuple((site, op) for site, op in one) for one in document["ops"]]
+                document["positions"] = [wire.positions_of(one) for one in document["positions"]]
+                found.append((document, tensors))
+        return found, refused, problems
 
 
 class _Merge:
@@ -487,5 +573,9 @@ def attach(llm: Any) -> Client:
 
 def _raise(answer: dict[str, Any]) -> None:
     if "error" in answer:
-        kind = getattr(errors, answer["error"], BackendError)
-        raise kind(answer["message"])
+        raise _error(answer["error"], answer["message"])
+
+
+def _error(kind: str, message: str) -> errors.TrimtabError:
+    made: errors.TrimtabError = getattr(errors, kind, BackendError)(message)
+    return made

@@ -59,10 +59,14 @@ def _watch(core: Any, gate: admission.Admission, known: set[str]) -> None:
     def collective_rpc(method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None) -> Any:
         verb = args[0] if method == _RPC and args else None
         if verb == "collect":
-            early = _unfinished(core, wire.from_bytes(args[1])["labels"])
+            labels = wire.from_bytes(args[1])["labels"]
+            early = _unfinished(core, labels)
             if early:
                 text = f"request {early} is still running; collect what it leaves when it has finished"
                 return [wire.to_bytes({"error": "BackendError", "message": text})]
+            reasons = gate.take_reasons(labels)
+            said = {label: [type(one).__name__, str(one)] for label, one in reasons.items()}
+            return [*rpc(method, timeout, args, kwargs), *([wire.to_bytes({"refused": said})] if said else [])]
         digests = wire.from_bytes(args[1])["digests"] if verb == "forget" else []
         for digest in digests:
             if gate.users(digest):

@@ -61,23 +61,26 @@ class DoseRecorder:
         listed = sorted(sites, key=lambda site: site == LOGITS)
         self._number = {site: number for number, site in enumerate(listed)}
         self._inner = len(listed) - (LOGITS in self._number)
-        self._shape, self._device = (len(listed), max_rows, ops_per_site, len(COLUMNS)), device
-        self._buffer: Tensor | None = None
-        self._on_host: Floats | None = None  # the same memory, on the CPU
+        self._buffer = torch.empty(
+            (len(listed), max_rows, ops_per_site, len(COLUMNS)), dtype=torch.float32, device=device
+        )
+        self._on_host: Floats | None = self._buffer.numpy() if device.type == "cpu" else None  # the same memory
         self._passes: list[_Pass] = []
         self._kept: dict[str, list[Doses]] = {}
         self._listed: WeakKeyDictionary[Counted, tuple[dict[int, Ops], dict[int, Ops]]] = WeakKeyDictionary()
 
     def buffer(self, site: Site) -> Tensor:
         """Return what a bank fills for the rows that an op selects: float32 [max_rows, ops, 5]."""
-        if self._buffer is None:
-            self._buffer = torch.empty(self._shape, dtype=torch.float32, device=self._device)
-            self._on_host = self._buffer.numpy() if self._device.type == "cpu" else None
         return self._buffer[self._number[site]]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the buffer."""
+        return self._buffer.nbytes
 
     def take(self, step: Step, *, logits: bool = False) -> None:
         """Keep what a pass measured, at the logits or at all other sites, for the requests that want it."""
-        if step.measured is None or self._buffer is None:
+        if step.measured is None:
             return
         if len(self._passes) >= _MAX_PASSES:
             self._settle()

@@ -16,6 +16,7 @@ from trimtab.backends.vllm.counts import OpReport
 from trimtab.errors import BackendError, NonFiniteError, NotAppliedError, UnfiredError
 from trimtab.results.runs import DoseSummary
 from trimtab.sites import Site
+from trimtab.steering import Positions
 from trimtab.trace import DoseRow
 
 if TYPE_CHECKING:
@@ -101,12 +102,10 @@ def finish(
     """
     assert job.report is not None
     if capture is not None and writer is not None:
+        selected = _selected(job, capture)
         for site in sites:
-            _record(job, site, capture, writer, config)
-    if job.report.problems:
-        raise NotAppliedError(f"request {job.name!r}: {job.report.problems[0]}")
-    doses = tuple(_dose(job, one, writer, config, allow_unfired) for one in job.report.ops)
-    _all_applied(job)
+            _record(job, site, capture, selected, writer, config)
+    doses = _doses(job, writer, config, allow_unfired)
     text = "" if tokenizer is None else str(tokenizer.decode(job.tokens, skip_special_tokens=True))
     return Generation(
         id=job.name,
@@ -122,24 +121,52 @@ def finish(
 
 
 def score(job: Job) -> Score:
-    """Return the log-likelihood of a prompt."""
+    """Return the log-likelihood of a prompt.
+
+    Raises:
+        NotAppliedError, UnfiredError, NonFiniteError: as `finish`.
+    """
+    _doses(job, None, "", allow_unfired=False)
     found = job.output.prompt_logprobs or []
     pairs = zip(job.prompt.ids[1:], found[1:], strict=True)
     return Score(ids=job.prompt.ids, logprobs=tuple(values[token].logprob for token, values in pairs))
 
 
-def _record(job: Job, site: Site, capture: Capture, writer: Writer, config: str) -> None:
+def _doses(job: Job, writer: Writer | None, config: str, allow_unfired: bool) -> tuple[DoseSummary, ...]:
+    """Say what every op did; raises where one did not act as it should have."""
+    assert job.report is not None
+    if job.report.problems:
+        raise NotAppliedError(f"request {job.name!r}: {job.report.problems[0]}")
+    doses = tuple(_dose(job, one, writer, config, allow_unfired) for one in job.report.ops)
+    _all_applied(job)
+    return doses
+
+
+def _selected(job: Job, capture: Capture) -> frozenset[int]:
+    """Return the positions whose rows a capture has of a request."""
+    ids = torch.tensor([*job.prompt.ids, *job.tokens])
+    mask = Positions.parse(capture.positions).mask(torch.arange(len(ids)), job.length, ids)
+    return frozenset(mask.nonzero()[:, 0].tolist())
+
+
+def _record(job: Job, site: Site, capture: Capture, selected: frozenset[int], writer: Writer, config: str) -> None:
     assert job.report is not None
     steered = job.program is not None and site in job.program
     found = {one.edit: one for one in job.report.captured if one.site == site}
     chosen: list[tuple[str, CapturedRows | None]] = [(edit, found.get(edit)) for edit in capture.edit]
     if not steered:
         chosen = [("none", next((one for _, one in chosen if one is not None), None))]
+    first = job.length - 1 if site.point == "logits" and not capture.prompt_logits else 0
+    awaited = {position for position in selected if first <= position < _end(job, site)}
     for edit, one in chosen:
-        if one is None:
-            continue  # no row of this request was selected; counted below by its length
-        keep = [index for index, position in enumerate(one.positions) if position < _end(job, site)]
-        if not keep:
+        keep = [] if one is None else [at for at, position in enumerate(one.positions) if position < _end(job, site)]
+        lacking = awaited.difference(() if one is None else one.positions)
+        if lacking:
+            raise BackendError(
+                f"request {job.name!r}: {site}: the engine recorded {len(awaited) - len(lacking)} of {len(awaited)} "
+                f"rows ({edit}); position {min(lacking)} is missing"
+            )
+        if one is None or not keep:
             continue
         rows: Tensor = one.rows if len(keep) == len(one.positions) else one.rows[keep]
         writer.write(
@@ -256,5 +283,10 @@ def _all_applied(job: Job) -> None:
         raise NotAppliedError(
             f"request {job.name!r}: nothing was reported from {silent[0]}; the engine does not steer there"
         )
-    if job.report.digest is None:
-        raise BackendError(f"request {job.name!r}: the engine ran it without its steering")
+    assert job.request.steering is not None
+    if job.report.digest != job.request.steering.digest:
+        acted = "none" if job.report.digest is None else job.report.digest[:16]
+        raise BackendError(
+            f"request {job.name!r}: the engine ran it with another steering ({acted}) than its own "
+            f"({job.request.steering.digest[:16]})"
+        )

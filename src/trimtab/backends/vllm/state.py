@@ -139,6 +139,8 @@ class WorkerState:
         self._directions: OrderedDict[str, Tensor] = OrderedDict()
         self.doses = DoseRecorder(self.banks, max_rows, config.ops_per_site, device)
         self.slots = Slots(config.max_steering)
+        self._packed: dict[int, str] = {}
+        """Digest of the steering that the banks hold in a slot."""
         self.bound: dict[str, Bound] = {}
         self._known: dict[str, _Known] = {}
         self.embed: Callable[[Tensor], Tensor] | None = None
@@ -159,8 +161,8 @@ class WorkerState:
     @property
     def nbytes(self) -> int:
         """Memory of the fixed buffers on the model's device."""
-        residual = 0 if self.residual is None else self.residual.numel() * self.residual.element_size()
-        return residual + sum(bank.nbytes for bank in self.banks.values())
+        residual = 0 if self.residual is None else self.residual.nbytes
+        return residual + self.step.nbytes + self.doses.nbytes + sum(bank.nbytes for bank in self.banks.values())
 
     # steerings
 
@@ -358,6 +360,7 @@ class WorkerState:
                     bank.pack(one.slot, known.program[site], known.keys)
                 else:
                     bank.clear(one.slot)
+            self._packed[one.slot] = one.data.digest
         one.program, one.keys, one.special = known.program, known.keys, known.special
         one.counted_ops = known.counted
         lengths = (one.prompt_length, min(one.prompt_length + max_tokens, self.max_length))
@@ -385,9 +388,8 @@ class WorkerState:
             self._numbers.append(number)
 
     def _result(self, one: Bound) -> Left:
-        left = Left(
-            one.data.label, one.req_id, one.data.digest, one.prompt_length, one.done, one.cached, tuple(one.problems)
-        )
+        digest = self._packed.get(self.step.slot_at(one.number))  # by the table that the taps read
+        left = Left(one.data.label, one.req_id, digest, one.prompt_length, one.done, one.cached, tuple(one.problems))
         left.reduce = "" if one.data.capture is None else one.data.capture.reduce
         if one.counted_ops is not None:
             counts = self._counts[:, one.number]

@@ -124,6 +124,11 @@ class Step:
         weakref.finalize(self, op.passes.pop, self._id, None)
 
     @property
+    def nbytes(self) -> int:
+        """Memory of the tables on the device."""
+        return sum(one.nbytes for one in (self.rows.binding, self.rows.slot_of, self.rows.gain, self.rows.positions))
+
+    @property
     def active(self) -> bool:
         """Whether a pass is running that has something to do."""
         return self._id in op.passes
@@ -169,6 +174,10 @@ class Step:
         if self.device.type != "cpu":
             self.rows.slot_of[number] = slot
         self._steady = False
+
+    def slot_at(self, number: int) -> int:
+        """Return which slot a tracked request uses."""
+        return int(self._host["slot_of"][number])
 
     def forget(self) -> None:
         """Have the next pass fill the tables anew: the set of requests changes."""

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import safetensors.torch
@@ -21,6 +21,7 @@ from trimtab.backends.vllm.config import KEY
 from trimtab.backends.vllm.counts import Ints
 from trimtab.backends.vllm.reduced import Kind
 from trimtab.errors import InputError
+from trimtab.steering import Positions
 
 VERSION = 2
 _DOCUMENT = "document"
@@ -43,6 +44,14 @@ class CaptureSpec:
     directions: str = ""
     """Digest of the directions to project on."""
 
+    def __post_init__(self) -> None:
+        if not self.edit or not set(self.edit) <= {"before", "after"}:
+            raise InputError(f"edit is {self.edit!r}; ('before',), ('after',) or ('before', 'after') was expected")
+        if self.reduce not in get_args(Kind):
+            raise InputError(
+                f"reduce is {self.reduce!r}; one of {', '.join(filter(None, get_args(Kind)))} was expected"
+            )
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RequestData:
@@ -61,6 +70,27 @@ class RequestData:
     """Whether it is told of when the logits of a token were not finite."""
     salt: str | None = None
     """A cache key for the whole request, when its rows must be computed afresh."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.label, str):
+            raise InputError(f"the label of a request is {self.label!r}; a text was expected")
+        if self.dose not in get_args(Dose):
+            raise InputError(f"dose is {self.dose!r}; {' or '.join(map(repr, get_args(Dose)))} was expected")
+
+    def check(self, prompt_length: int, vocabulary: int) -> None:
+        """Refuse what cannot be met, once the prompt is known.
+
+        Args:
+            prompt_length: P.
+            vocabulary: tokens that the model knows.
+
+        Raises:
+            PositionError: a selection that begins before the prompt, or is empty for it.
+            InputError: tokens to decode along that the model does not know.
+        """
+        check_forced(self.forced or (), vocabulary)
+        if self.capture is not None:
+            Positions.parse(self.capture.positions).check(prompt_length)
 
     def to_wire(self) -> Entry:
         """Return the entry of `extra_args`."""
@@ -152,6 +182,13 @@ class Result(NamedTuple):
     """Sites and names of its ops."""
     captured: Sequence[dict[str, Any]]
     full: Sequence[dict[str, Any]]
+
+
+def check_forced(tokens: Iterable[Any], vocabulary: int) -> None:
+    """Refuse tokens that a model of so many tokens does not know; raises InputError."""
+    for token in tokens:
+        if not isinstance(token, int) or not 0 <= token < vocabulary:
+            raise InputError(f"forced token {token!r}: ids from 0 to {vocabulary - 1} were expected")
 
 
 def ops_text(ops: Iterable[tuple[str, str, str]]) -> str:

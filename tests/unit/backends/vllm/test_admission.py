@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 import warnings
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from trimtab import testbed
 from trimtab.backends.vllm.admission import Admission, Counts, install
+from trimtab.errors import InputError, PositionError, SiteError
 
 moves = st.lists(st.tuples(st.sampled_from(["come", "go", "drop", "take"]), st.integers(0, 5)), max_size=60)
 
@@ -65,6 +67,16 @@ def test_the_head_of_the_queue_is_not_starved_by_requests_that_share_a_slot() ->
     assert not admission.arrive("a3", "a", "a3") and admission.arrive("b5", "b", "b5")  # now d1 waits for that of a
 
 
+def capture(**given: Any) -> dict[str, Any]:
+    """What a request records, as it travels."""
+    return {"sites": ["layers.0.resid_post"], "edit": ["after"], "positions": "all"} | given
+
+
+def steering(positions: str) -> dict[str, str]:
+    """What steers a request, as it travels."""
+    return {"digest": "A", "ops": json.dumps([["d", positions, {"kind": "Constant", "value": "0x1p+0"}]])}
+
+
 class Engine:
     """The steps of an engine core around a real scheduler; tokens come from nowhere."""
 
@@ -104,13 +116,23 @@ class Engine:
         self.first: list[str] = []
         self.outcomes: dict[str, str] = {}
 
-    def add(self, name: str, digest: str | None = None, *, tokens: int = 3, ops: str = "[]", **other: Any) -> Any:
+    def add(
+        self,
+        name: str,
+        digest: str | None = None,
+        *,
+        tokens: int = 3,
+        ops: str = "[]",
+        ours: dict[str, Any] | None = None,
+        **other: Any,
+    ) -> Any:
         from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        steering = {"digest": digest, "ops": ops}
-        ours = None if digest is None else {"trimtab": {"v": 2, "id": name, "steering": steering}}
-        request = Request(name, [1, 2, 3, 4], SamplingParams(max_tokens=tokens, extra_args=ours), None, **other)
+        if digest is not None:
+            ours = {"v": 2, "id": name, "steering": {"digest": digest, "ops": ops}}
+        extra = None if ours is None else {"trimtab": ours}
+        request = Request(name, [1, 2, 3, 4], SamplingParams(max_tokens=tokens, extra_args=extra), None, **other)
         self.scheduler.add_request(request)
         return request
 
@@ -266,6 +288,51 @@ def test_a_request_whose_ops_cannot_be_read_is_refused(ops: str, caplog: pytest.
     engine.drain()
     assert engine.outcomes == {"a": "error"}
     assert engine.first == []
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("given", "kind", "said"),
+    [
+        ({"forced": [3, 10**9]}, InputError, "forced token 1000000000: ids from 0 to "),
+        ({"forced": [-1]}, InputError, "forced token -1"),
+        ({"forced": ["a"]}, InputError, "forced token 'a'"),
+        ({"dose": "Full"}, InputError, "dose is 'Full'"),
+        ({"capture": capture(edit=["aftr"])}, InputError, "edit is"),
+        ({"capture": capture(edit=[])}, InputError, "edit is"),
+        ({"capture": capture(reduce="median")}, InputError, "reduce is 'median'"),
+        ({"capture": capture(positions="-9:")}, PositionError, "before the prompt, which has 4 tokens"),
+        ({"capture": capture(sites=["nowhere"])}, SiteError, "nowhere"),
+        ({"steering": steering("-9:")}, PositionError, "before the prompt, which has 4 tokens"),
+        ({"steering": steering("3:-2")}, PositionError, "are empty for a prompt of 4 tokens"),
+        ({"id": ["a"]}, InputError, "the label of a request"),
+        ({"v": 1}, InputError, "is not what"),
+        ({"capture": {"sites": 3}}, InputError, "malformed"),
+    ],
+)
+def test_a_request_that_no_worker_could_serve_is_refused_and_says_why(
+    given: dict[str, Any], kind: type[Exception], said: str
+) -> None:
+    engine = Engine(Admission(1))
+    engine.add("a", ours={"v": 2, "id": "x"} | given)
+    engine.add("b", "B")
+    engine.drain()
+    assert engine.outcomes == {"a": "error", "b": "length"}
+    assert engine.first == ["b"]
+    label = str(given.get("id", "x"))
+    reasons = engine.admission.take_reasons(["b", label])
+    assert list(reasons) == [label]
+    assert type(reasons[label]) is kind
+    assert said in str(reasons[label])
+    assert engine.admission.take_reasons([label]) == {}
+
+
+def test_why_requests_were_refused_is_kept_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.backends.vllm.admission.MAX_REASONS", 2)
+    admission = Admission(1, "refuse", known={"A"})
+    for number in range(3):
+        assert not admission.arrive(f"r{number}", "B", f"r{number}")
+    assert list(admission.take_reasons(["r0", "r1", "r2"])) == ["r1", "r2"]
 
 
 @needs_vllm

@@ -48,6 +48,7 @@ def test_a_setting_that_cannot_be_is_refused_in_one_line(given: Any, said: str) 
         ({}, "0", False),
         ({}, "1", True),
         ({"trimtab": False}, None, False),
+        ({"trimtab": False}, "1", False),
         ({"trimtab": True}, None, True),
         ({"trimtab": {"max_steering": 2}}, "1", True),
         ({"other": {}}, None, False),

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from trimtab.backends.vllm.bound import Bound
 from trimtab.backends.vllm.config import PluginConfig
-from trimtab.backends.vllm.runners import UNTESTED, adapter
+from trimtab.backends.vllm.runners import adapter
+from trimtab.backends.vllm.runners.graphs import UNTESTED
 from trimtab.backends.vllm.state import WorkerState
 from trimtab.backends.vllm.step import Step
 from trimtab.backends.vllm.taps import Stage, Tap, VllmMap

@@ -5,11 +5,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from trimtab.backends.vllm.runners import UNTESTED, adapter
+from trimtab.backends.vllm.runners import adapter
+from trimtab.backends.vllm.runners.graphs import UNTESTED
+from trimtab.backends.vllm.runners.v1 import RunnerV1
+from trimtab.backends.vllm.step import Step
 from trimtab.errors import BackendError
 
 pytestmark = [
@@ -70,3 +75,47 @@ def test_the_setting_that_is_named_selects_the_first_runner(monkeypatch: pytest.
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
     assert decides.fget(config) is True
     assert "use_v2_model_runner" in inspect.getsource(importlib.import_module("vllm.v1.worker.gpu_worker"))
+
+
+class Graphed:
+    """What the first runner has that graphs go through."""
+
+    def __init__(self) -> None:
+        self.input_batch = self.sampler = self.model = SimpleNamespace(
+            compute_logits=lambda hidden: hidden, sample=lambda logits: (logits, logits), num_reqs=0, req_ids=[]
+        )
+        self.seen: list[tuple[str, bool, int]] = []
+        self.step: Any = None
+
+    def note(self, name: str) -> None:
+        self.seen.append((name, self.step.active, int(self.step.rows.binding.sum())))
+
+    def capture_model(self) -> None:
+        self.note("capture")
+
+    def _dummy_run(self, count: int) -> None:
+        self.note("dummy")
+
+    def _model_forward(self, *args: Any, **kwargs: Any) -> None:
+        self.note("forward")
+
+    def _update_states(self, scheduler_output: Any) -> None:
+        self.note("update")
+
+
+def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
+    state: Any = SimpleNamespace(step=step, bound={}, graphs=True, recorded=(), end=step.end)
+    runner.step = step
+    monkeypatch.delenv(UNTESTED, raising=False)
+    with pytest.raises(
+        BackendError, match=rf"device graphs yet; start the engine with enforce_eager=True, .*{UNTESTED}=1"
+    ):
+        RunnerV1(runner).install(state)
+    monkeypatch.setenv(UNTESTED, "1")
+    RunnerV1(runner).install(state)
+    for run in (runner.capture_model, lambda: runner._dummy_run(3), runner._model_forward):
+        step.rows.binding[:2], step._filled = 1, 2  # what the pass before has left
+        run()
+    assert runner.seen == [("capture", True, 0), ("dummy", False, 0), ("forward", False, 0)]
+    assert not step.active

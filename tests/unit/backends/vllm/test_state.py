@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,13 +17,13 @@ from trimtab.backends.vllm.client import Client
 from trimtab.backends.vllm.config import PluginConfig
 from trimtab.backends.vllm.state import WorkerState
 from trimtab.backends.vllm.taps import Stage, Tap, VllmMap
-from trimtab.backends.vllm.wire import CaptureSpec, RequestData
+from trimtab.backends.vllm.wire import CaptureSpec, RequestData, to_bytes
 from trimtab.backends.vllm.worker import install
-from trimtab.errors import BackendError, InputError, SiteError, SteeringError, TrimtabError, VectorError
+from trimtab.errors import BackendError, InputError, PositionError, SiteError, SteeringError, TrimtabError, VectorError
 from trimtab.sites import Site
 from trimtab.steering import Add, Cap, CapSubspace, Edit, LowRank, Patch, Steering
 
-WIDTH, LAYERS = 8, 2
+WIDTH, LAYERS, VOCABULARY = 8, 2, 16
 POSTS = [Site.parse(f"layers.{layer}.resid_post") for layer in range(LAYERS)]
 OUTS = [Site.parse(f"layers.{layer}.mlp_out") for layer in range(LAYERS)]
 
@@ -51,7 +52,7 @@ def worker(dtype: torch.dtype = torch.float32, **settings: Any) -> WorkerState:
         layers=range(LAYERS),
         hidden_size=WIDTH,
         first_layer_has_residual=False,
-        sites_widths=dict.fromkeys((*POSTS, *OUTS), WIDTH),
+        sites_widths=dict.fromkeys((*POSTS, *OUTS), WIDTH) | {Site.parse("logits"): VOCABULARY},
         absent={},
         every_tap=taps,
     )
@@ -129,6 +130,15 @@ def test_a_steering_that_does_not_fit_is_refused_in_one_line(
 def test_bytes_that_are_no_steering_are_refused(payload: bytes) -> None:
     with pytest.raises(TrimtabError):
         worker().register(payload)
+
+
+def test_a_steering_over_the_limit_is_refused_by_the_worker_too() -> None:
+    payload = add(1).dumps()
+    assert worker(max_payload_bytes=len(payload)).register(payload)
+    with pytest.raises(
+        SteeringError, match=rf"takes {len(payload)} bytes .* takes {len(payload) - 1}; raise max_payload"
+    ):
+        worker(max_payload_bytes=len(payload) - 1).register(payload)
 
 
 def test_code_cannot_be_sent() -> None:
@@ -221,6 +231,9 @@ def test_what_is_discarded_is_kept_neither_now_nor_later() -> None:
     out = run(state, model, ["running"], [1], [3])
     torch.testing.assert_close(out, torch.arange(WIDTH).reshape(1, WIDTH).float() + vector(1))  # it still acts
     state.release("running")
+    bind(state, "unknown", capture=capture)  # it was let go of before it came
+    run(state, model, ["unknown"], [2], [0])
+    state.release("unknown")
     stats = state.stats()
     assert (stats["left"], stats["left_bytes"], stats["recorded_bytes"], stats["tracked"]) == (0, 0, 0, 0)
 
@@ -363,3 +376,95 @@ def test_a_steering_is_sent_once_however_many_requests_name_it() -> None:
     with pytest.raises(VectorError):
         client.register(Steering({"layers.0.resid_post": [Add(torch.ones(WIDTH + 1))]}))
     assert client.stats()[0]["registered"] == 2
+
+
+def test_a_steering_stays_registered_while_a_request_that_names_it_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.backends.vllm.client.MAX_REGISTERED", 2)
+    state, _ = steered()
+    client = attached(state, [])
+    client.register(add(100), "kept")
+    made = [client.extra_args(add(number)) for number in range(5)]
+    assert client.stats()[0]["registered"] == 6
+    for number, extra in enumerate(made):
+        state.bind(f"r{number}", extra, [1, 2, 3], 8)  # none of them was forgotten
+        state.release(f"r{number}")
+    client.collect(made[:3])
+    client.discard(made[3:])
+    client.extra_args(add(9))
+    assert client.stats()[0]["registered"] == 2
+    assert client.extra_args("kept")["trimtab"]["steering"]["digest"] == add(100).digest
+    with pytest.raises(SteeringError, match="no steering is registered as 'calm'; there are: kept"):
+        client.extra_args("calm")
+
+
+def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trimtab.backends.vllm.client.MAX_REGISTERED", 1)
+    state, _ = steered()
+    client = attached(state, [])
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda number: client.extra_args(add(number % 3)), range(120)))
+    assert len({one["trimtab"]["id"] for one in made}) == 120
+    for number, extra in enumerate(made):
+        state.bind(f"r{number}", extra, [1], 8)
+        state.release(f"r{number}")
+    assert len(client.collect(made)) == 120
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"edit": "after"}, r"edit is the text 'after'; a tuple was expected: \('after',\)"),
+        ({"edit": ("aftr",)}, "edit is .*'before'.* expected"),
+        ({"edit": ()}, "edit is .* expected"),
+        ({"sites": "layers.0.resid_post"}, "sites is the text 'layers.0.resid_post'"),
+        ({"dose": "Full"}, "dose is 'Full'; 'counts' or 'full' was expected"),
+        ({"forced": [3, VOCABULARY]}, f"forced token {VOCABULARY}: ids from 0 to {VOCABULARY - 1} were expected"),
+        ({"forced": [-1]}, "forced token -1"),
+    ],
+)
+def test_what_a_request_cannot_ask_is_refused_where_it_is_made(given: dict[str, Any], said: str) -> None:
+    state, _ = steered()
+    client = attached(state, [])
+    with pytest.raises(InputError, match=said):
+        client.extra_args(add(1), **({"sites": ["layers.0.resid_post"]} | given))
+
+
+def test_why_a_request_was_refused_comes_home_and_so_do_the_others() -> None:
+    state, _ = steered()
+    client = attached(state, [])
+    made = [client.extra_args(add(number)) for number in range(3)]
+    for number in (0, 2):
+        state.bind(f"r{number}", made[number], [1], 8)
+        state.release(f"r{number}")
+    refused = made[1]["trimtab"]["id"]
+    answered = client._engine.collective_rpc
+    also = [{"refused": {refused: ["PositionError", "positions '-9:' begin before the prompt"]}}]
+    client._engine.collective_rpc = lambda method, args: [*answered(method, args), *map(to_bytes, also)]
+    with pytest.raises(PositionError, match=r"request 2 of 3 was refused: positions '-9:'"):
+        client.collect(made)
+    client._engine.collective_rpc = answered
+    assert len(client.collect([made[0], made[2]])) == 2
+    client._engine.collective_rpc = lambda method, args: [
+        *answered(method, args),
+        to_bytes({"error": "BackendError", "message": "request r3 is still running"}),
+    ]
+    last = client.extra_args(add(1))
+    state.bind("r3", last, [1], 8)
+    state.release("r3")
+    with pytest.raises(BackendError, match="r3 is still running"):
+        client.collect([last, client.extra_args(add(1))])
+    client._engine.collective_rpc = answered
+    assert len(client.collect([last])) == 1  # one engine's no does not lose what another gave
+
+
+def test_a_dose_names_the_steering_that_the_tables_pointed_at() -> None:
+    state, model = steered()
+    for name, number in (("one", 1), ("two", 2)):
+        bind(state, name, add(number))
+    bind(state, "plain")
+    run(state, model, ["one", "two", "plain"], [2, 2, 2], [0, 0, 0])
+    state.step.slot_of(state.bound["one"].number, state.bound["two"].slot)  # as a mistake in the tables would
+    for name in ("one", "two", "plain"):
+        state.release(name)
+    found = state.collect(["one", "two", "plain"])
+    assert [found[name][0].digest for name in ("one", "two", "plain")] == [add(2).digest, add(2).digest, None]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, Protocol
 
+from trimtab.backends.vllm.runners.graphs import require_untested
 from trimtab.backends.vllm.state import WorkerState
 from trimtab.errors import BackendError
-
-UNTESTED = "TRIMTAB_ALLOW_UNTESTED_RUNNER"
 
 
 class Runner(Protocol):
@@ -31,11 +29,10 @@ def adapter(runner: Any) -> Runner:
     from trimtab.backends.vllm.runners.v2 import RunnerV2
 
     if RunnerV2.accepts(runner):
-        if os.environ.get(UNTESTED) != "1":
-            raise BackendError(
-                "steering has not run on vLLM's model runner V2 yet; select the first one with "
-                f"VLLM_USE_V2_MODEL_RUNNER=0, or accept that it is untested with {UNTESTED}=1"
-            )
+        require_untested(
+            "on vLLM's model runner V2",
+            "select the first one with VLLM_USE_V2_MODEL_RUNNER=0, and enforce_eager=True",
+        )
         return RunnerV2(runner)
     raise BackendError(
         f"steering does not know the model runner {type(runner).__name__}; select vLLM's first one with "

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from trimtab.backends.vllm.runners.graphs import follow_graphs, require_untested
 from trimtab.backends.vllm.sampled import LOGITS, SampledRows
 from trimtab.backends.vllm.state import WorkerState
 
@@ -32,8 +32,16 @@ class RunnerV1:
         return isinstance(runner, GPUModelRunner)
 
     def install(self, state: WorkerState) -> None:
-        """Have the runner tell the state of its requests and of each pass."""
+        """Have the runner tell the state of its requests and of each pass.
+
+        Raises:
+            BackendError: device graphs, where they were not allowed.
+        """
         runner = self._runner
+        if state.graphs:
+            require_untested("inside device graphs", "start the engine with enforce_eager=True")
+            follow_graphs(runner, state)
+            self._blank_dummies(runner, state)
         self._follow_requests(runner, state)
         sampled = SampledRows(state)
         self._follow_passes(runner, state, sampled)
@@ -58,6 +66,17 @@ class RunnerV1:
         if LOGITS in state.recorded:
             runner.model.compute_logits = with_logits
         runner.sampler.sample = with_forced
+
+    @staticmethod
+    def _blank_dummies(runner: Any, state: WorkerState) -> None:
+        """Let no row be tracked in passes that stand for nothing; a graph runs the taps in them."""
+        dummy = runner._dummy_run
+
+        def dummy_run(*args: Any, **kwargs: Any) -> Any:
+            state.step.blank()
+            return dummy(*args, **kwargs)
+
+        runner._dummy_run = dummy_run
 
     @staticmethod
     def _follow_requests(runner: Any, state: WorkerState) -> None:
@@ -87,6 +106,8 @@ class RunnerV1:
         ) -> Any:
             self._sampled = bool(state.bound)
             if not state.bound:
+                if state.graphs:
+                    state.step.blank()
                 return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             ids, starts, computed = self._batch(runner)
             # where embeddings are given, the runner keeps their token ids
@@ -113,8 +134,3 @@ class RunnerV1:
     def _real(runner: Any) -> bool:
         """Whether logits are computed for requests, and not to warm up."""
         return bool(runner.input_batch.num_reqs)
-
-
-def device_of(runner: Any) -> torch.device:
-    """Return where a runner's model lies."""
-    return torch.device(runner.device)

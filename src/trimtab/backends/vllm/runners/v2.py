@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
+from trimtab.backends.vllm.runners.graphs import follow_graphs
 from trimtab.backends.vllm.sampled import LOGITS, SampledRows
 from trimtab.backends.vllm.state import WorkerState
 from trimtab.errors import BackendError
@@ -78,7 +79,7 @@ class RunnerV2:
         self._refuse(state)
         self._follow_requests(runner, state)
         self._follow_passes(runner, state)
-        self._follow_graphs(runner, state)
+        follow_graphs(runner, state)
         if runner.sampler is not None:
             self._follow_samples(runner, state)
 
@@ -161,20 +162,6 @@ class RunnerV2:
         if embedded:
             embed = runner.model_state.prepare_inputs_embeds
             runner.model_state.prepare_inputs_embeds = prepare_inputs_embeds
-
-    @staticmethod
-    def _follow_graphs(runner: Any, state: WorkerState) -> None:
-        capture = runner.capture_model
-
-        def capture_model(*args: Any, **kwargs: Any) -> Any:
-            state.step.blank()
-            state.step.active = True  # the kernels of the taps go into the graphs; no row is tracked
-            try:
-                return capture(*args, **kwargs)
-            finally:
-                state.end()
-
-        runner.capture_model = capture_model
 
     def _follow_samples(self, runner: Any, state: WorkerState) -> None:
         held, sampled = self._pass, SampledRows(state)
