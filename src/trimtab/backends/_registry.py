@@ -35,7 +35,8 @@ def open_backend(name: str, model: Any, **options: Any) -> Backend:
         >>> backend = open_backend("hf", "testbed", dtype="bfloat16")  # doctest: +SKIP
     """
     if name not in BACKENDS:
-        raise InputError(f"no backend {name!r}; there are {', '.join(BACKENDS)}")
+        more = "; sweep alone takes several of them" if "," in name else ""
+        raise InputError(f"no backend {name!r}; there are {', '.join(BACKENDS)}{more}")
     module, kind = BACKENDS[name]
     if importlib.util.find_spec(module) is None:
         raise PrerequisiteError(f"the backend {name!r} is not part of this installation; use one of hf, mock")

@@ -105,7 +105,10 @@ class Graphed:
 
 def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
-    state: Any = SimpleNamespace(step=step, bound={}, graphs=True, recorded=(), end=step.end)
+    config = SimpleNamespace(keys_per_steering=1)
+    state: Any = SimpleNamespace(
+        step=step, bound={}, graphs=True, recorded=(), banks={}, config=config, nonfinite_logits=None, end=step.end
+    )
     runner.step = step
     monkeypatch.delenv(UNTESTED, raising=False)
     with pytest.raises(
