@@ -64,9 +64,10 @@ def _watch(core: Any, gate: admission.Admission, known: set[str]) -> None:
             if early:
                 text = f"request {early} is still running; collect what it leaves when it has finished"
                 return [wire.to_bytes({"error": "BackendError", "message": text})]
+            answers = rpc(method, timeout, args, kwargs)
             reasons = gate.take_reasons(labels)
-            said = {label: [type(one).__name__, str(one)] for label, one in reasons.items()}
-            return [*rpc(method, timeout, args, kwargs), *([wire.to_bytes({"refused": said})] if said else [])]
+            refused = {label: [type(one).__name__, str(one)] for label, one in reasons.items()}
+            return [*answers, wire.to_bytes({"refused": refused})] if refused else answers
         digests = wire.from_bytes(args[1])["digests"] if verb == "forget" else []
         for digest in digests:
             if gate.users(digest):
