@@ -8,6 +8,7 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -82,8 +83,13 @@ class Graphed:
 
     def __init__(self) -> None:
         self.input_batch = self.sampler = self.model = SimpleNamespace(
-            compute_logits=lambda hidden: hidden, sample=lambda logits: (logits, logits), num_reqs=0, req_ids=[]
+            compute_logits=lambda hidden: hidden,
+            sample=lambda logits: (logits, logits),
+            num_reqs=0,
+            req_ids=[],
+            num_computed_tokens_cpu=np.zeros(0),
         )
+        self.query_start_loc = SimpleNamespace(np=np.zeros(1))
         self.seen: list[tuple[str, bool, int]] = []
         self.step: Any = None
 
@@ -121,4 +127,32 @@ def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(mo
         step.rows.binding[:2], step._filled = 1, 2  # what the pass before has left
         run()
     assert runner.seen == [("capture", True, 0), ("dummy", False, 0), ("forward", False, 0)]
+    assert not step.active
+
+
+def test_a_pass_that_fails_leaves_the_taps_at_rest() -> None:
+    runner, step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
+    config = SimpleNamespace(keys_per_steering=1)
+    begun: list[bool] = []
+
+    def begin(*batch: Any) -> None:
+        step.active = True
+        begun.append(True)
+
+    state: Any = SimpleNamespace(
+        step=step,
+        bound={"a": None},
+        graphs=False,
+        recorded=(),
+        banks={},
+        config=config,
+        nonfinite_logits=None,
+        begin=begin,
+        end=step.end,
+    )
+    runner._model_forward = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
+    RunnerV1(runner).install(state)
+    with pytest.raises(ZeroDivisionError):
+        runner._model_forward(torch.zeros(0))
+    assert begun
     assert not step.active
