@@ -158,15 +158,11 @@ def question(prompt: Prompt) -> str:
 
 def buffers(variants: Sequence[Variant]) -> dict[str, Any]:
     """Return what an engine with fixed buffers must be told to run all variants in one batch."""
-    bound = [one.steering.bound for one in variants if one.steering is not None]
-    sites = dict.fromkeys(str(op.pattern) for ops in bound for op in ops)
-    wide = [getattr(op.op, name) for ops in bound for op in ops for name in op.op.vectors]
-    return {
-        "sites": tuple(sites),
-        "max_steering": max(len(bound), 1),
-        "ops_per_site": max((len(ops) for ops in bound), default=1),
-        "directions_per_op": max((one.shape[0] for one in wide if one.ndim == 2), default=1),
-    }
+    from trimtab.backends.vllm.sizes import Sizes
+
+    steerings = [one.steering for one in variants if one.steering is not None]
+    sites = dict.fromkeys(site for one in steerings for site in one.sites)
+    return {"sites": tuple(sites), "max_steering": max(len(steerings), 1), **Sizes.of(steerings)._asdict()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,14 +46,6 @@ def _buffers(steering: SteeringInput) -> dict[str, Any]:
         return {"sites": (f"layers.*.{steering.point}",)} if steering.op else {}
     if steering is None:
         return {}
-    directions = [
-        getattr(one.op, field).shape[0]
-        for one in steering.bound
-        for field in one.op.vectors
-        if getattr(one.op, field).ndim == 2
-    ]
-    return {
-        "sites": steering.sites,
-        "ops_per_site": max(len(steering.bound), 1),
-        "directions_per_op": max(directions, default=1),
-    }
+    from trimtab.backends.vllm.sizes import Sizes
+
+    return {"sites": steering.sites, **Sizes.of([steering])._asdict()}

@@ -173,6 +173,7 @@ def test_buffers_cover_every_variant() -> None:
         "max_steering": 2,
         "ops_per_site": 2,
         "directions_per_op": 1,
+        "keys_per_steering": 1,
     }
 
 

@@ -25,7 +25,7 @@ from trimtab.backends.base import (
 )
 from trimtab.backends.vllm import results
 from trimtab.backends.vllm.client import attach
-from trimtab.backends.vllm.config import DEFAULT_SITES
+from trimtab.backends.vllm.config import DEFAULT_SITES, Storage
 from trimtab.backends.vllm.engine import start
 from trimtab.backends.vllm.results import Job
 from trimtab.errors import BackendError, InputError, SteeringError, TrimtabError
@@ -56,6 +56,9 @@ class VLLMBackend:
         max_steering: distinct steerings that can act at once.
         ops_per_site: ops of one steering at one site.
         directions_per_op: directions of one op.
+        keys_per_steering: distinct pairs of positions and gain in one steering.
+        storage: dtype that the directions are stored in; "bfloat16" takes half the memory and rounds them.
+        max_payload_bytes: largest steering, in the bytes of its file.
         engine: any other argument of `vllm.LLM`, such as gpu_memory_utilization or tensor_parallel_size.
         dose: "auto" measures full doses when there is a writer and counts otherwise.
         prefix_caching: reuse the cache of equal prompts; rows taken from it are not counted in doses.
@@ -81,6 +84,9 @@ class VLLMBackend:
         max_steering: int = 64,
         ops_per_site: int = 4,
         directions_per_op: int = 1,
+        keys_per_steering: int = 4,
+        storage: Storage = "float32",
+        max_payload_bytes: int = 1 << 30,
         engine: Mapping[str, Any] | None = None,
         dose: Literal["auto", "counts", "full"] = "auto",
         prefix_caching: bool = False,
@@ -100,6 +106,9 @@ class VLLMBackend:
             "max_steering": max_steering,
             "ops_per_site": ops_per_site,
             "directions_per_op": directions_per_op,
+            "keys_per_steering": keys_per_steering,
+            "storage": storage,
+            "max_payload_bytes": max_payload_bytes,
         }
         self._llm = start(
             place,
