@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ import torch
 
 import trimtab as tt
 from trimtab.backends import Message, Request, open_backend
-from trimtab.steering import Add, Cap, Steering
+from trimtab.steering import AblateSubspace, Add, Cap, Steering
 
 pytestmark = [
     pytest.mark.vllm,
@@ -100,16 +101,22 @@ class Server:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     directory = tmp_path_factory.mktemp("steerings")
-    for name, steering in STORED.items():
+    with serving(STORED, directory, "--max-upload-bytes", str(LIMIT), "--ops-per-site", "3") as made:
+        yield made
+
+
+@contextmanager
+def serving(steerings: dict[str, Steering], directory: Path, *options: str) -> Iterator[Server]:
+    for name, steering in steerings.items():
         steering.save(directory / f"{name}.safetensors")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     argv = [sys.executable, "-m", "trimtab", "serve", "testbed", "--steering", str(directory), "--port", str(port)]
-    argv += ["--dtype", "float32", "--max-model-len", "256", "--max-upload-bytes", str(LIMIT), "--ops-per-site", "3"]
+    argv += ["--dtype", "float32", "--max-model-len", "256", *options]
     argv += ["--engine", "enforce_eager=true", "--engine", f"api_key={KEY}"]
     env = {"OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    log = tmp_path_factory.mktemp("log") / "server.log"
+    log = directory.parent / f"{directory.name}.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
             argv,
@@ -520,3 +527,47 @@ def test_the_server_listens_on_the_loopback_address_alone(server: Server) -> Non
         if one.status == psutil.CONN_LISTEN and one.laddr.port == server.port
     }
     assert listening == {"127.0.0.1"}
+
+
+# sizes and slots
+
+
+def test_the_engine_is_as_large_as_the_files_need_and_full_slots_are_told(tmp_path: Path) -> None:
+    """Rows, directions, ops and keys beyond the defaults of the plugin; one place, and no waiting for it."""
+    import openai
+
+    spots = [Steering({"layers.3.resid_post": [Add(vector(n), scale=0.5)]}, positions=f"{n}:{n + 1}") for n in range(5)]
+    wide = Steering({"layers.2.resid_post": [AblateSubspace([vector(n).tolist() for n in range(3)], keep=0.0)]})
+    steerings = {
+        "spots": Steering.of(bound for one in spots for bound in one.bound),
+        "wide": wide,
+        "calm": STORED["calm"],
+    }
+    options = ("--max-steering", "1", "--when-full", "refuse", "--storage", "bfloat16", "--engine", "max_num_seqs=4")
+    directory = tmp_path / "steerings"
+    directory.mkdir()
+    with serving(steerings, directory, *options) as server:
+        prompt = "In the garden the dog saw the cat"
+        report = server.complete("spots,wide", prompt=prompt, max_tokens=3).model_extra["trimtab"]
+        assert [one["rows"] for one in report["ops"] if one["steering"] == "spots"] == [1] * 5
+        assert [one["rows"] for one in report["ops"] if one["steering"] == "wide"] == [report_rows(server, prompt) + 2]
+        uploaded = add(3, 1.0) + steerings["spots"]
+        key = {"X-Trimtab-Admin-Key": ADMIN}
+        status, text = server.http("PUT", "/v1/steerings/six", (uploaded + add(3, 2.0)).dumps(), key)
+        assert status == 400
+        assert "start it with --ops-per-site 7" in json.loads(text)["error"]["message"]
+        with server.complete("calm:2", stream=True, max_tokens=200) as stream:
+            next(iter(stream))
+            with pytest.raises(openai.InternalServerError, match="other steerings hold all 1 places") as caught:
+                server.complete("wide", max_tokens=2)
+            assert caught.value.status_code == 503
+            with pytest.raises(openai.APIError, match="other steerings hold all 1 places"):
+                list(server.complete("wide", max_tokens=2, stream=True))
+            assert server.complete("calm:2", max_tokens=2).choices[0].finish_reason == "length"
+        assert server.metric('trimtab_refusals_total{reason="full"}') == 2
+        assert server.metric("trimtab_reports_lost_total") == 0
+
+
+def report_rows(server: Server, prompt: str) -> int:
+    """Return how many tokens a prompt has."""
+    return int(server.complete(prompt=prompt, max_tokens=1).usage.prompt_tokens)

@@ -21,7 +21,12 @@ def serve(
     admin_key: str | None = None,
     sites: Annotated[tuple[str, ...], Parameter(negative="")] = (),
     max_steering: int = 64,
-    ops_per_site: int = 2,
+    ops_per_site: int | None = None,
+    directions_per_op: int | None = None,
+    keys_per_steering: int | None = None,
+    storage: Literal["float32", "bfloat16"] = "float32",
+    when_full: Literal["wait", "refuse"] = "wait",
+    max_payload_bytes: int = 1 << 30,
     max_strength: float = 100.0,
     max_upload_bytes: int = 64 << 20,
     engine: Engine = Engine(),
@@ -37,8 +42,15 @@ def serve(
         admin_key: who sends it may upload and remove steerings; without one nobody may. The variable TRIMTAB_ADMIN_KEY
             keeps it out of the list of processes.
         sites: site patterns that can be steered (default: layers.*.resid_post, and those of the files).
-        max_steering: distinct steerings that can act in one step; more wait for their turn.
-        ops_per_site: ops that one request can have at one site, all of its steerings together.
+        max_steering: distinct steerings that can act in one step.
+        ops_per_site: ops that one request can have at one site, all of its steerings together (default: room for any
+            two of the files, and for 2 ops anyway).
+        directions_per_op: directions that one op can have (default: what the files need).
+        keys_per_steering: distinct pairs of positions and gain that one request can have (default: room for any two
+            of the files, and for 4 anyway).
+        storage: dtype that directions are stored in; bfloat16 takes half the memory and rounds them.
+        when_full: more steerings than max_steering: requests wait for their turn, or are refused.
+        max_payload_bytes: largest steering that the engine takes, all that one request names together.
         max_strength: largest magnitude of a strength that a request can ask for.
         max_upload_bytes: largest steering file that an upload takes.
     """
@@ -54,6 +66,11 @@ def serve(
         sites=sites,
         max_steering=max_steering,
         ops_per_site=ops_per_site,
+        directions_per_op=directions_per_op,
+        keys_per_steering=keys_per_steering,
+        storage=storage,
+        when_full=when_full,
+        max_payload_bytes=max_payload_bytes,
         max_strength=max_strength,
         max_upload_bytes=max_upload_bytes,
         engine=engine.kwargs().get("engine", {}),

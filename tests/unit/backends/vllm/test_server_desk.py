@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import importlib.util
 import json
+import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,7 +28,7 @@ from trimtab.backends.vllm.server.metrics import Metrics
 from trimtab.backends.vllm.server.middleware import SteeringMiddleware
 from trimtab.backends.vllm.server.refusal import Refusal
 from trimtab.backends.vllm.server.store import Store
-from trimtab.errors import BackendError, SteeringError
+from trimtab.errors import BackendError, InputError, SteeringError
 from trimtab.sites import Site
 from trimtab.steering import Add, Steering
 
@@ -245,6 +246,97 @@ def test_idle_steerings_are_forgotten_and_those_in_flight_are_not(
         assert ("forget", held.plan.digest) in workers.asked
         desk.release(await desk.prepare("one:2"))
         assert workers.asked.count(("register", held.plan.digest)) == 2
+
+    at_desk(tmp_path, work)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("the engine holds 2 per site; start it with ops_per_site=3", "start it with --ops-per-site 3"),
+        ("start it with directions_per_op=2 (at most 64)", "start it with --directions-per-op 2 (at most 64)"),
+        ("raise keys_per_steering where the engine is started", "raise --keys-per-steering where"),
+    ],
+)
+def test_a_steering_that_does_not_fit_is_refused_with_the_option_to_raise(tmp_path: Path, said: str, told: str) -> None:
+    async def work(desk: Desk, workers: Workers, client: Client) -> None:
+        workers.refuse = SteeringError(said)
+        with pytest.raises(Refusal) as refused:
+            await desk.prepare("one:2")
+        with pytest.raises(InputError) as stopped:
+            await desk.check_stored()
+        for text in (str(refused.value), str(stopped.value)):
+            assert told in text
+            assert "_per_" not in text
+        workers.refuse = None
+        client.info.max_payload_bytes = 9
+        with pytest.raises(Refusal, match=rf"takes 9; start it with --max-payload-bytes {len(ONE.dumps())}"):
+            await desk.prepare("one")
+
+    at_desk(tmp_path, work)
+
+
+class Invalid(Exception):
+    """Stands for the exceptions that vLLM's routes answer."""
+
+    def __init__(self, message: str, **_: Any) -> None:
+        super().__init__(message)
+
+
+class Engine:
+    """An engine whose answer is given."""
+
+    def __init__(self, *finish: str | None, tokens: int = 3) -> None:
+        outputs = [SimpleNamespace(finish_reason=one, token_ids=[1] * tokens) for one in finish]
+        self.out = SimpleNamespace(finished=True, prompt_token_ids=[1, 2, 3], outputs=outputs)
+        self.ran = 0
+
+    async def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> Any:
+        self.ran += 1
+        yield self.out
+
+
+def refusals(desk: Desk) -> dict[str, float]:
+    counted = desk.metrics.refusals.collect()[0].samples
+    return {one.labels["reason"]: one.value for one in counted if one.name.endswith("_total")}
+
+
+@pytest.fixture
+def exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = SimpleNamespace(VLLMValidationError=Invalid, RetryableRequestError=Invalid)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(exceptions=stand_in))
+    monkeypatch.setitem(sys.modules, "vllm.exceptions", stand_in)
+
+
+def sampling(asked: Any = None) -> Any:
+    extra = {} if asked is None else {"trimtab": asked}
+
+    def clone() -> Any:
+        return SimpleNamespace(extra_args=extra)
+
+    return SimpleNamespace(extra_args=extra, clone=clone)
+
+
+@pytest.mark.usefixtures("exceptions")
+@pytest.mark.parametrize(
+    ("when_full", "finish", "tokens", "full"),
+    [("refuse", "error", 0, 1), ("refuse", "error", 2, 0), ("refuse", "abort", 0, 0), ("wait", "error", 0, 0)],
+)
+def test_a_request_that_found_no_slot_is_told_so(
+    tmp_path: Path, when_full: Any, finish: str, tokens: int, full: int
+) -> None:
+    async def work(desk: Desk, workers: Workers, client: Client) -> None:
+        desk.when_full, client.info.max_steering = when_full, 7
+        engine = Engine(finish, tokens=tokens)
+        engines.install(engine, desk)
+        said = ""
+        try:
+            [one async for one in engine.generate("text", sampling("one"), "r")]
+        except Invalid as error:
+            said = str(error)
+        assert ("all 7 places of this server (--max-steering)" in said) == bool(full)
+        assert refusals(desk) == ({"full": 1} if full else {})
+        assert not desk._in_flight
 
     at_desk(tmp_path, work)
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 from trimtab._base.log import get_logger
 from trimtab.backends.vllm import wire
 from trimtab.backends.vllm.client import Client, Report
-from trimtab.backends.vllm.config import KEY
+from trimtab.backends.vllm.config import KEY, Policy
 from trimtab.backends.vllm.server import doses
 from trimtab.backends.vllm.server.naming import PARAM, read, strengthen
-from trimtab.backends.vllm.server.refusal import Refusal
+from trimtab.backends.vllm.server.refusal import Refusal, with_options
 from trimtab.backends.vllm.wire import RequestData
 from trimtab.errors import BackendError, InputError, TrimtabError
 from trimtab.steering import Steering
@@ -65,13 +65,21 @@ class Desk:
         store: steerings by name.
         metrics: what is counted.
         max_strength: largest magnitude of a strength.
+        when_full: what the engine does with a request that finds every slot taken.
     """
 
     def __init__(
-        self, workers: Workers, client: Client, store: Store, metrics: Metrics, *, max_strength: float
+        self,
+        workers: Workers,
+        client: Client,
+        store: Store,
+        metrics: Metrics,
+        *,
+        max_strength: float,
+        when_full: Policy = "wait",
     ) -> None:
         self._workers, self._client, self.store, self.metrics = workers, client, store, metrics
-        self._max_strength = max_strength
+        self._max_strength, self.when_full = max_strength, when_full
         self._plans: OrderedDict[_Key, Plan] = OrderedDict()
         self._registered: OrderedDict[str, None] = OrderedDict()  # the least recently used first
         self._leaving: set[str] = set()
@@ -123,7 +131,7 @@ class Desk:
             await self._register(plan.digest, plan.steering)
         except TrimtabError as error:
             self.release(turn)
-            raise _unfit(f"{text}: {error}", error) from error
+            raise _unfit(str(text), error) from error
         except BaseException:
             self.release(turn)
             raise
@@ -151,7 +159,16 @@ class Desk:
         try:
             await self._register(steering.digest, steering)
         except TrimtabError as error:
-            raise _unfit(f"{name}: {error}", error) from error
+            raise _unfit(name, error) from error
+
+    def full(self) -> Refusal:
+        """Return the refusal of a request that the engine turned down."""
+        return Refusal(
+            f"other steerings hold all {self._client.info.max_steering} places of this server (--max-steering); try "
+            "again later",
+            reason="full",
+            status=503,
+        )
 
     def refuse(self, refusal: Refusal) -> None:
         """Count a refusal."""
@@ -201,7 +218,11 @@ class Desk:
                     there = owners.setdefault(str(site), [])
                     there.extend(doses.Owner(name, step.positions) for step in one.steps)
             return Plan(
-                whole, whole.digest, wire.ops_text(whole.identities()), tuple(name for name, _ in scaled), owners
+                whole,
+                whole.digest,
+                wire.ops_text(whole.identities()),
+                tuple(name for name, _ in scaled),
+                owners,
             )
 
         try:
@@ -219,7 +240,10 @@ class Desk:
             payload = await asyncio.to_thread(steering.dumps)
             limit = self._client.info.max_payload_bytes
             if len(payload) > limit:
-                raise InputError(f"it takes {len(payload)} bytes and the engine takes {limit}")
+                raise InputError(
+                    f"it takes {len(payload)} bytes and the engine takes {limit}; start it with "
+                    f"max_payload_bytes={len(payload)}"
+                )
             await self._workers.ask("register", payload)
             self._registered[digest] = None
             self._leaving.discard(digest)
@@ -283,7 +307,7 @@ class Desk:
         task.add_done_callback(self._tasks.discard)
 
 
-def _unfit(message: str, error: TrimtabError) -> Refusal:
+def _unfit(name: str, error: TrimtabError) -> Refusal:
     """Return the refusal of a steering that the engine did not take: the sender's fault, unless the engine is ill."""
     status = 503 if isinstance(error, BackendError) else 400
-    return Refusal(message, reason="does_not_fit", status=status, param=PARAM)
+    return Refusal(f"{name}: {with_options(str(error))}", reason="does_not_fit", status=status, param=PARAM)

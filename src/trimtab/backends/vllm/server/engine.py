@@ -60,6 +60,7 @@ async def _steered(
                         ended = any(one.finish_reason in _ENDED_EARLY for one in out.outputs)
                         if ended:
                             desk.abandon(data.label)
+                            _tell_refused(desk, out)
                         else:
                             await desk.collect(turn, data.label, out.prompt_token_ids or ())
                     yield out
@@ -78,3 +79,13 @@ async def _prepare(desk: Desk, given: Any) -> Turn:
         return await desk.prepare(given)
     except Refusal as error:
         raise VLLMValidationError(str(error), parameter=PARAM, value=repr(given)[:80]) from error
+
+
+def _tell_refused(desk: Desk, out: Any) -> None:
+    """Say why the engine turned a request down, which vLLM's routes call an internal error."""
+    if desk.when_full == "refuse" and all(one.finish_reason == "error" and not one.token_ids for one in out.outputs):
+        from vllm.exceptions import RetryableRequestError
+
+        refusal = desk.full()
+        desk.refuse(refusal)
+        raise RetryableRequestError(str(refusal))

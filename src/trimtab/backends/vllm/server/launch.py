@@ -14,7 +14,7 @@ from typing import Any
 from trimtab import testbed
 from trimtab._base.optional import require
 from trimtab.backends.vllm.asynchronous import Workers
-from trimtab.backends.vllm.config import DEFAULT_SITES, KEY, PluginConfig
+from trimtab.backends.vllm.config import DEFAULT_SITES, KEY, PluginConfig, Policy, Storage
 from trimtab.backends.vllm.plugin import check_version
 from trimtab.backends.vllm.server.admin import Admin
 from trimtab.backends.vllm.server.desk import Desk
@@ -22,6 +22,7 @@ from trimtab.backends.vllm.server.engine import install
 from trimtab.backends.vllm.server.metrics import Metrics
 from trimtab.backends.vllm.server.middleware import SteeringMiddleware
 from trimtab.backends.vllm.server.store import Store
+from trimtab.backends.vllm.sizes import Sizes
 from trimtab.errors import BackendError, InputError, TrimtabError
 
 _OURS = {
@@ -29,10 +30,13 @@ _OURS = {
     "host": "--host",
     "port": "--port",
     "dtype": "--dtype",
-    "additional_config": "--sites, --max-steering and --ops-per-site",
+    "additional_config": "--sites, --max-steering, --ops-per-site, --directions-per-op, --keys-per-steering, "
+    "--storage, --when-full and --max-payload-bytes",
 }
 _ELSEWHERE = ("api_server_count", "headless", "grpc", "uds", "config")
 """Options that start another kind of server."""
+_TOGETHER = 2
+"""Steerings of the directory that one request can name, whichever they are, where no sizes are given."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +57,18 @@ class ServeConfig:
     """Site patterns that can be steered; none: layers.*.resid_post, and those of the files."""
     max_steering: int = 64
     """Distinct steerings that can act in one step."""
-    ops_per_site: int = 2
-    """Ops that one request can have at one site."""
+    ops_per_site: int | None = None
+    """Ops that one request can have at one site; None: room for any two of the files, and for two in any case."""
+    directions_per_op: int | None = None
+    """Directions that one op can have; None: what the files need."""
+    keys_per_steering: int | None = None
+    """Distinct pairs of positions and gain of one request; None: room for any two of the files, and for four anyway."""
+    storage: Storage = "float32"
+    """Dtype that the engine stores directions in."""
+    when_full: Policy = "wait"
+    """What a request meets when `max_steering` others are active: it waits, or it is refused."""
+    max_payload_bytes: int = 1 << 30
+    """Largest steering that the engine takes, all that one request names together."""
     max_strength: float = 100.0
     """Largest magnitude of a strength."""
     max_upload_bytes: int = 64 << 20
@@ -84,7 +98,13 @@ class ServeConfig:
         sites = self.sites or tuple(
             dict.fromkeys((*DEFAULT_SITES, *(site for one in store.listed() for site in one.steering.sites)))
         )
-        given = {"sites": list(sites), "max_steering": self.max_steering, "ops_per_site": self.ops_per_site}
+        least, needed = PluginConfig(), Sizes.of([one.steering for one in store.listed()], together=_TOGETHER)
+        sizes = {
+            name: max(size, getattr(least, name)) if getattr(self, name) is None else getattr(self, name)
+            for name, size in needed._asdict().items()
+        }
+        same = ("max_steering", "storage", "when_full", "max_payload_bytes")
+        given = {"sites": list(sites), **sizes, **{name: getattr(self, name) for name in same}}
         PluginConfig.of(given)
         return given
 
@@ -166,7 +186,7 @@ async def _run(args: Any, config: ServeConfig, store: Store) -> None:
         async with entry.build_async_engine_client(args) as engine:
             workers = Workers(engine)
             client = await workers.attach()
-            desk = Desk(workers, client, store, Metrics(), max_strength=config.max_strength)
+            desk = Desk(workers, client, store, Metrics(), max_strength=config.max_strength, when_full=config.when_full)
             await desk.check_stored()
             install(engine, desk)
             with _steered_app(entry, desk, config):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
+
+from trimtab.backends.vllm.sizes import Sizes
 
 Reason = Literal[
     "unknown_name",
     "bad_strength",
     "bad_request",
     "does_not_fit",
+    "full",
     "no_key",
     "wrong_key",
     "bad_name",
@@ -21,6 +25,7 @@ _TYPES = {
     404: "NotFoundError",
     503: "ServiceUnavailableError",
 }
+_SETTING = re.compile(rf"\b({'|'.join((*Sizes._fields, 'max_payload_bytes'))})\b(?:=(\d+))?")
 
 
 class Refusal(Exception):
@@ -49,3 +54,8 @@ class Refusal(Exception):
                 "code": self.status,
             }
         }
+
+
+def with_options(message: str) -> str:
+    """Return a message of the engine with its settings called as `trimtab serve` takes them."""
+    return _SETTING.sub(lambda found: f"--{found[1].replace('_', '-')}{f' {found[2]}' if found[2] else ''}", message)
