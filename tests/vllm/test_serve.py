@@ -56,6 +56,7 @@ STORED = {
     "formal": add(3, -4.0, positions="generated"),
     "capped": Steering({"layers.3.resid_post": [Cap(vector(3), max=-8.0)]}),
     "far": add(4, 1.0, positions="200:210"),
+    "early": add(4, 3.0, positions="-50:P"),
 }
 
 
@@ -299,6 +300,41 @@ def test_an_unknown_alias_is_a_400_and_an_unknown_model_stays_a_404(server: Serv
     for model in ("other", "other+calm"):
         with pytest.raises(openai.NotFoundError, match="does not exist"):
             server.text(model=model)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_rows_outside_the_prompt_are_a_400_before_anything_is_sent(
+    server: Server, reference: Any, stream: bool
+) -> None:
+    import openai
+
+    before = server.metric('trimtab_refusals_total{reason="outside_prompt"}')
+    long = " ".join(["The cat rested near the market ."] * 12)
+    for prompt in (PROMPT, [long, PROMPT]):
+        with pytest.raises(openai.BadRequestError) as caught:
+            server.complete("calm,early", prompt=prompt, stream=stream)
+        assert "early: positions '-50:P' begin 47 before the prompt, which has 3 tokens" in caught.value.message
+        assert caught.value.param == "vllm_xargs.trimtab"
+    body = {"vllm_xargs": {"trimtab": "early"}}
+    with pytest.raises(openai.BadRequestError, match=r"begin \d+ before the prompt"):
+        server.client.chat.completions.create(
+            model="testbed", messages=[{"role": "user", "content": "Hi"}], extra_body=body, stream=stream
+        )
+    assert server.metric('trimtab_refusals_total{reason="outside_prompt"}') == before + 3
+    assert server.metric("trimtab_steerings_active") == 0
+    assert server.text("early", prompt=long, max_tokens=8) == reference(STORED["early"], long, 8)
+
+
+def test_rows_outside_the_prompt_of_a_response(server: Server) -> None:
+    body = {"model": "testbed", "input": "Hi", "vllm_xargs": {"trimtab": "early"}, "max_output_tokens": 4}
+    json_type = {"Content-Type": "application/json"}
+    status, text = server.http("POST", "/v1/responses", json.dumps(body), json_type)
+    assert status == 400
+    assert "before the prompt" in json.loads(text)["error"]["message"]
+    with pytest.raises(http.client.IncompleteRead) as caught:  # vLLM had begun it before it made the prompt
+        server.http("POST", "/v1/responses", json.dumps(body | {"stream": True}), json_type)
+    assert b"response.completed" not in caught.value.partial
+    assert server.metric("trimtab_steerings_active") == 0
 
 
 def test_beam_search_is_refused_with_a_steering_and_runs_without(server: Server) -> None:

@@ -318,6 +318,44 @@ def sampling(asked: Any = None) -> Any:
 
 
 @pytest.mark.usefixtures("exceptions")
+def test_rows_outside_the_prompt_are_refused_before_a_stream_is_made(tmp_path: Path) -> None:
+    async def work(desk: Desk, workers: Workers, client: Client) -> None:
+        desk.store.put("early", Steering({SITE: [Add([1.0, 2.0])]}, positions="-5:P"))
+        desk.store.put("far", Steering({SITE: [Add([1.0, 2.0])]}, positions="90:95"))
+        engine = Engine("stop")
+        engines.install(engine, desk)
+        turn = await desk.prepare("one,early:2")
+        token = engines.CURRENT.set(turn)
+        with pytest.raises(Invalid, match="early: positions '-5:P' begin 2 before the prompt, which has 3 tokens"):
+            engine.generate({"prompt_token_ids": [1, 2, 3]}, sampling(), "r")
+        assert refusals(desk) == {"outside_prompt": 1}
+        for prompt in ({"prompt_token_ids": [1] * 5}, {"prompt": "text"}, "text"):  # fits, or is not known
+            assert [one async for one in engine.generate(prompt, sampling(), "r")] == [engine.out]
+        engines.CURRENT.set(await desk.prepare("far"))  # no such row: reported, and never an error
+        assert [one async for one in engine.generate({"prompt_token_ids": [1]}, sampling(), "r")] == [engine.out]
+        assert engine.ran == 4
+        engines.CURRENT.reset(token)
+
+    at_desk(tmp_path, work)
+
+
+@pytest.mark.usefixtures("exceptions")
+def test_refusals_of_routes_whose_bodies_are_not_read_are_counted(tmp_path: Path) -> None:
+    async def work(desk: Desk, workers: Workers, client: Client) -> None:
+        desk.store.put("early", Steering({SITE: [Add([1.0, 2.0])]}, positions="-5:P"))
+        engine = Engine("stop")
+        engines.install(engine, desk)
+        for asked in ("nobody", "one:99", 5, "early"):
+            with pytest.raises(Invalid):
+                [one async for one in engine.generate({"prompt_token_ids": [1, 2, 3]}, sampling(asked), "r")]
+        assert refusals(desk) == {"unknown_name": 1, "bad_strength": 1, "bad_request": 1, "outside_prompt": 1}
+        assert not engine.ran
+        assert not desk._in_flight
+
+    at_desk(tmp_path, work)
+
+
+@pytest.mark.usefixtures("exceptions")
 @pytest.mark.parametrize(
     ("when_full", "finish", "tokens", "full"),
     [("refuse", "error", 0, 1), ("refuse", "error", 2, 0), ("refuse", "abort", 0, 0), ("wait", "error", 0, 0)],

@@ -6,6 +6,7 @@ import asyncio
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING
 
 from trimtab._base.log import get_logger
@@ -16,7 +17,7 @@ from trimtab.backends.vllm.server import doses
 from trimtab.backends.vllm.server.naming import PARAM, read, strengthen
 from trimtab.backends.vllm.server.refusal import Refusal, with_options
 from trimtab.backends.vllm.wire import RequestData
-from trimtab.errors import BackendError, InputError, TrimtabError
+from trimtab.errors import BackendError, InputError, PositionError, TrimtabError
 from trimtab.steering import Steering
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class Plan:
     names: tuple[str, ...]
     owners: doses.Owners
     """Site -> per op, in order, where it comes from."""
+    selections: tuple[doses.Owner, ...]
+    """The rows that its ops select, each selection once."""
 
 
 @dataclass(slots=True)
@@ -161,6 +164,18 @@ class Desk:
         except TrimtabError as error:
             raise _unfit(name, error) from error
 
+    def check_prompt(self, turn: Turn, length: int) -> None:
+        """Look whether the rows that a steering selects can be met in a prompt.
+
+        Raises:
+            Refusal: a selection begins before the prompt, or is empty for it.
+        """
+        for name, positions in turn.plan.selections:
+            try:
+                positions.check(length)
+            except PositionError as error:
+                raise Refusal(f"{name}: {error}", reason="outside_prompt", param=PARAM) from error
+
     def full(self) -> Refusal:
         """Return the refusal of a request that the engine turned down."""
         return Refusal(
@@ -223,6 +238,7 @@ class Desk:
                 wire.ops_text(whole.identities()),
                 tuple(name for name, _ in scaled),
                 owners,
+                tuple(dict.fromkeys(chain.from_iterable(owners.values()))),
             )
 
         try:

@@ -31,6 +31,8 @@ def install(engine: Any, desk: Desk) -> None:
         if turn is None and given is None:
             stream: AsyncGenerator[Any, None] = stock(prompt, sampling_params, request_id, **more)
             return stream
+        if turn is not None:  # now: when the stream is read, an answer may have begun
+            _check_prompt(desk, turn, prompt)
         return _steered(stock, desk, turn, given, prompt, sampling_params, request_id, more)
 
     engine.generate = generate
@@ -46,7 +48,7 @@ async def _steered(
     request_id: str,
     more: Mapping[str, Any],
 ) -> AsyncGenerator[Any, None]:
-    turn = desk.again(turn) if turn is not None else await _prepare(desk, given)
+    turn = desk.again(turn) if turn is not None else await _prepare(desk, given, prompt)
     try:
         data = RequestData(label=uuid.uuid4().hex, digest=turn.plan.digest, ops=turn.plan.ops)
         params = sampling_params.clone()
@@ -71,14 +73,37 @@ async def _steered(
         desk.release(turn)
 
 
-async def _prepare(desk: Desk, given: Any) -> Turn:
+async def _prepare(desk: Desk, given: Any, prompt: Any) -> Turn:
     """Read the steering of a request that came by a route whose bodies are not read (audio, say)."""
+    try:
+        turn = await desk.prepare(given)
+    except Refusal as error:
+        raise _invalid(desk, error, given) from error
+    try:
+        _check_prompt(desk, turn, prompt)
+    except BaseException:
+        desk.release(turn)
+        raise
+    return turn
+
+
+def _check_prompt(desk: Desk, turn: Turn, prompt: Any) -> None:
+    """Refuse rows outside the prompt, where its tokens are known."""
+    ids = prompt.get("prompt_token_ids") if isinstance(prompt, Mapping) else None
+    if ids is None:
+        return
+    try:
+        desk.check_prompt(turn, len(ids))
+    except Refusal as error:
+        raise _invalid(desk, error, turn.text) from error
+
+
+def _invalid(desk: Desk, refusal: Refusal, given: Any) -> Exception:
+    """Count a refusal, and return it as vLLM's routes answer it with 400."""
     from vllm.exceptions import VLLMValidationError
 
-    try:
-        return await desk.prepare(given)
-    except Refusal as error:
-        raise VLLMValidationError(str(error), parameter=PARAM, value=repr(given)[:80]) from error
+    desk.refuse(refusal)
+    return VLLMValidationError(str(refusal), parameter=PARAM, value=repr(given)[:80])
 
 
 def _tell_refused(desk: Desk, out: Any) -> None:

@@ -12,6 +12,7 @@ Reason = Literal[
     "bad_strength",
     "bad_request",
     "does_not_fit",
+    "outside_prompt",
     "full",
     "no_key",
     "wrong_key",
