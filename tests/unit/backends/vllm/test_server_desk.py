@@ -250,6 +250,37 @@ def test_idle_steerings_are_forgotten_and_those_in_flight_are_not(
     at_desk(tmp_path, work)
 
 
+def test_idle_steerings_are_bounded_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = len(ONE.dumps())
+    monkeypatch.setattr(desks, "MAX_IDLE_BYTES", 3 * size + size // 2)
+
+    async def work(desk: Desk, workers: Workers, client: Client) -> None:
+        held = await desk.prepare("one:2")
+        digests = []
+        for strength in range(3, 9):
+            turn = await desk.prepare(f"one:{strength}")
+            digests.append(turn.plan.digest)
+            desk.release(turn)
+        forgotten = [digest for verb, digest in workers.asked if verb == "forget"]
+        assert forgotten == digests[:2]  # the newest of six was in flight when the bound was looked at
+        assert held.plan.digest not in forgotten
+        assert {plan.digest for plan in desk._plans.values()} == {held.plan.digest, *digests[2:]}
+        desk.release(held)
+
+    at_desk(tmp_path, work)
+
+
+def test_what_the_engine_did_not_take_is_not_kept(tmp_path: Path) -> None:
+    async def work(desk: Desk, workers: Workers, client: Client) -> None:
+        workers.refuse = SteeringError("too many ops")
+        for strength in range(5):
+            with pytest.raises(Refusal):
+                await desk.prepare(f"one:{strength}")
+        assert not desk._plans
+
+    at_desk(tmp_path, work)
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [

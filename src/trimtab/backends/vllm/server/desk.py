@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _log = get_logger(__name__)
 MAX_REGISTERED = 1024
 """Distinct steerings that the engine is made to hold while they are idle."""
+MAX_IDLE_BYTES = 1 << 30
+"""Bytes of them: every strength is a steering of its own, with its own copy of the vectors here and in each worker."""
 MAX_IN_FLIGHT = 4096
 """Distinct steerings of requests in flight."""
 
@@ -84,7 +86,7 @@ class Desk:
         self._workers, self._client, self.store, self.metrics = workers, client, store, metrics
         self._max_strength, self.when_full = max_strength, when_full
         self._plans: OrderedDict[_Key, Plan] = OrderedDict()
-        self._registered: OrderedDict[str, None] = OrderedDict()  # the least recently used first
+        self._registered: OrderedDict[str, int] = OrderedDict()  # -> bytes; the least recently used first
         self._leaving: set[str] = set()
         self._in_flight: Counter[str] = Counter()
         self._registering = asyncio.Lock()
@@ -132,11 +134,11 @@ class Desk:
         turn = self.again(Turn(str(text), plan))
         try:
             await self._register(plan.digest, plan.steering)
-        except TrimtabError as error:
+        except BaseException as error:
             self.release(turn)
-            raise _unfit(str(text), error) from error
-        except BaseException:
-            self.release(turn)
+            self._plans.pop(key, None)
+            if isinstance(error, TrimtabError):
+                raise _unfit(str(text), error) from error
             raise
         for name in plan.names:
             self.metrics.requests.labels(name).inc()
@@ -261,16 +263,22 @@ class Desk:
                     f"max_payload_bytes={len(payload)}"
                 )
             await self._workers.ask("register", payload)
-            self._registered[digest] = None
+            self._registered[digest] = len(payload)
             self._leaving.discard(digest)
             await self._forget_idle()
 
     async def _forget_idle(self) -> None:
-        """Keep what the engine holds bounded; a steering in flight stays, its request may not have begun."""
-        idle = [digest for digest in self._registered if digest not in self._in_flight]
-        for digest in idle[: max(len(self._registered) - MAX_REGISTERED, 0)]:
+        """Keep what the engine and the plans hold bounded; one in flight stays, its request may not have begun."""
+        idle = {digest: size for digest, size in self._registered.items() if digest not in self._in_flight}
+        excess, nbytes = len(self._registered) - MAX_REGISTERED, sum(idle.values())
+        for digest, size in idle.items():
+            if excess <= 0 and nbytes <= MAX_IDLE_BYTES:
+                break
+            excess, nbytes = excess - 1, nbytes - size
             del self._registered[digest]
             self._leaving.add(digest)
+        for key in [key for key, plan in self._plans.items() if plan.digest in self._leaving]:
+            del self._plans[key]
         for digest in list(self._leaving):
             try:
                 await self._workers.ask("forget", wire.to_bytes({"digests": [digest]}))
