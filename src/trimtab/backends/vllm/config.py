@@ -79,6 +79,16 @@ class PluginConfig:
         return cls(**given)
 
 
+def untested(version: str) -> str | None:
+    """Say why a release of vLLM is refused; None: the tests run it."""
+    if any(version.startswith(f"{tested}.") or version == tested for tested in TESTED):
+        return None
+    return (
+        f"vLLM {version} is installed and steering is tested with {', '.join(f'{one}.x' for one in TESTED)}; "
+        f"pip install 'vllm~={TESTED[-1]}.0', or start the engine without the trimtab setting"
+    )
+
+
 def asked(vllm_config: Any) -> PluginConfig | None:
     """Return what an engine was asked to install, or None."""
     additional = getattr(vllm_config, "additional_config", None)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from trimtab.backends.vllm.config import DEFAULT_SITES, REMEDY, PluginConfig, asked
-from trimtab.errors import InputError
+from trimtab.backends.vllm.config import DEFAULT_SITES, REMEDY, PluginConfig, asked, untested
+from trimtab.backends.vllm.plugin import check_version
+from trimtab.errors import InputError, PrerequisiteError
 
 
 def test_settings_are_read_and_the_rest_stands_by_itself() -> None:
@@ -70,3 +72,20 @@ def test_only_an_engine_that_was_asked_steers(
 def test_the_way_to_start_it_names_settings_that_exist() -> None:
     assert DEFAULT_SITES[0] in REMEDY
     assert "TRIMTAB_VLLM=1" in REMEDY
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [("0.32.0", True), ("0.32.1+cpu", True), ("0.32", True), ("0.31.9", False), ("0.33.0", False), ("0.320.0", False)],
+)
+def test_a_release_is_told_to_be_untested_as_an_engine_refuses_it(
+    version: str, tested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=version))
+    said = None
+    try:
+        check_version()
+    except PrerequisiteError as error:
+        said = str(error)
+    assert untested(version) == said
+    assert (said is None) == tested
