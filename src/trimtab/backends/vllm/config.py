@@ -81,12 +81,14 @@ class PluginConfig:
 
 def untested(version: str) -> str | None:
     """Say why a release of vLLM is refused; None: the tests run it."""
-    if any(version.startswith(f"{tested}.") or version == tested for tested in TESTED):
+    if any(version.startswith(f"{one}.") or version == one for one in TESTED):
         return None
-    return (
-        f"vLLM {version} is installed and steering is tested with {', '.join(f'{one}.x' for one in TESTED)}; "
-        f"pip install 'vllm~={TESTED[-1]}.0', or start the engine without the trimtab setting"
-    )
+    return f"vLLM {version} is installed and {tested()}, or start the engine without the trimtab setting"
+
+
+def tested() -> str:
+    """Say which releases the tests run, and how to install one."""
+    return f"steering is tested with {', '.join(f'{one}.x' for one in TESTED)}; pip install 'vllm~={TESTED[-1]}.0'"
 
 
 def asked(vllm_config: Any) -> PluginConfig | None:

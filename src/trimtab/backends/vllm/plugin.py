@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from trimtab._base.log import get_logger
-from trimtab.backends.vllm.config import TESTED, asked
+from trimtab.backends.vllm.config import asked, tested, untested
 from trimtab.errors import PrerequisiteError
 
 RPC = "trimtab"
@@ -33,7 +33,7 @@ def register() -> None:
         from vllm.v1.engine.core import EngineCore
         from vllm.v1.worker.worker_base import WorkerBase, WorkerWrapperBase
     except ImportError as error:
-        _log.warning("this vLLM cannot steer, its parts are elsewhere (%s): %s", error, _tested())
+        _log.warning("this vLLM cannot steer, its parts are elsewhere (%s): %s", error, tested())
         return
     gates = ((WorkerWrapperBase, "init_worker"), (EngineCore, _CORE_MADE))
     lacking = [f"{cls.__name__}.{name}" for cls, name in gates if not hasattr(cls, name)]
@@ -49,11 +49,7 @@ def register() -> None:
 def _refuse_where_asked(lacking: Sequence[str], worker: Any) -> None:
     if asked(worker.vllm_config) is not None:
         check_version()
-        raise PrerequisiteError(f"this vLLM has no {', '.join(lacking)}; {_tested()}")
-
-
-def _tested() -> str:
-    return f"steering is tested with {', '.join(f'{one}.x' for one in TESTED)}; pip install 'vllm~={TESTED[-1]}.0'"
+        raise PrerequisiteError(f"this vLLM has no {', '.join(lacking)}; {tested()}")
 
 
 def log_as_vllm_does() -> None:
@@ -86,10 +82,9 @@ def check_version() -> None:
     """
     from vllm import __version__ as found
 
-    if not any(found.startswith(f"{tested}.") or found == tested for tested in TESTED):
-        raise PrerequisiteError(
-            f"vLLM {found} is installed and {_tested()}, or start the engine without the trimtab setting"
-        )
+    problem = untested(found)
+    if problem is not None:
+        raise PrerequisiteError(problem)
 
 
 def _nothing(_: Any) -> None:

@@ -15,7 +15,7 @@ from trimtab import testbed
 from trimtab._base.optional import require
 from trimtab.backends.vllm.asynchronous import Workers
 from trimtab.backends.vllm.config import DEFAULT_SITES, KEY, PluginConfig, Policy, Storage
-from trimtab.backends.vllm.plugin import check_version
+from trimtab.backends.vllm.plugin import check_version, log_as_vllm_does
 from trimtab.backends.vllm.server.admin import Admin
 from trimtab.backends.vllm.server.desk import Desk
 from trimtab.backends.vllm.server.engine import install
@@ -184,6 +184,7 @@ async def _run(args: Any, config: ServeConfig, store: Store) -> None:
     address, sock = entry.setup_server(args, reuse_port=False)
     try:
         async with entry.build_async_engine_client(args) as engine:
+            log_as_vllm_does()
             workers = Workers(engine)
             client = await workers.attach()
             desk = Desk(workers, client, store, Metrics(), max_strength=config.max_strength, when_full=config.when_full)
