@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.vllm import _engine as engine
+from trimtab.numerics.tolerances import engine_row_rel_l2
 from trimtab.steering import Add, Cap, Steering
 
 pytestmark = engine.MARKS
@@ -98,17 +99,34 @@ def sharing(runner: Runner) -> dict[str, Any]:
 
 
 def captured(runner: Runner) -> dict[str, Any]:
-    """A recorded request recomputes rows that the cache holds; so does every child of one."""
+    """A recorded request recomputes rows that the cache holds; so does every child of one.
+
+    What is recorded on top of rows that the cache had is recorded again on an empty one.
+    """
     prompt, one = engine.prompts(1, 2 * BLOCK, 3)[0], steering(5)
     assert runner.llm.reset_prefix_cache()
     runner.run([(prompt, one)])
-    found = {}
+    found: dict[str, Any] = {}
+    recorded = {}
     for name, positions, more in (("all", "all", {}), ("generated", "generated", {}), ("children", "all", {"n": 3})):
         settings = {"temperature": 1.0 if more else 0, "max_tokens": 4, "ignore_eos": True, "detokenize": False}
         params = runner.client.params(one, sites=[SITE], positions=positions, **settings, **more)
         engine.generate(runner.llm, [prompt], params)
         (reports,) = runner.client.collect([params])
         found[name] = [[report.cached, [list(held.positions) for held in report.captured]] for report in reports]
+        recorded[name] = reports[0]
+    warm = recorded["generated"]
+    assert runner.llm.reset_prefix_cache()
+    params = runner.client.params(
+        one, sites=[SITE], positions="generated", temperature=0, max_tokens=4, ignore_eos=True
+    )
+    engine.generate(runner.llm, [prompt], params)
+    ((cold,),) = runner.client.collect([params])
+    found["cold"] = [cold.cached, [list(held.positions) for held in cold.captured]]
+    found["errors"] = [
+        float(((mine.rows - other.rows).double().norm(dim=1) / other.rows.double().norm(dim=1)).max())
+        for mine, other in zip(warm.captured, cold.captured, strict=True)
+    ]
     return found
 
 
@@ -189,6 +207,15 @@ def test_a_recorded_request_computes_every_row_that_it_records(found: Any) -> No
     ((cached, held),) = found["captured"]["generated"]
     assert cached == BLOCK  # all that the cache has but the last token of the prompt, in whole blocks
     assert held == [list(range(2 * BLOCK, rows))] * 3
+
+
+def test_rows_computed_on_cached_ones_are_those_of_an_empty_cache(found: Any) -> None:
+    one = found["captured"]
+    assert one["generated"][0][0] == BLOCK
+    assert one["cold"] == [0, one["generated"][0][1]]
+    assert len(one["errors"]) == 3
+    for layer, error in enumerate(one["errors"]):
+        assert error < engine_row_rel_l2("float32", layer)
 
 
 def test_steerings_beyond_the_slots_wait_for_one(found: Any) -> None:
