@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.vllm import _engine as engine
 from trimtab.backends import Backend, Request, Sampling, open_backend
 from trimtab.errors import VectorError
+from trimtab.steering import Add, Steering
 from trimtab.testing.conformance import BackendConformance
 from trimtab.testing.models import tiny, tiny_tokenizer
 
@@ -60,6 +62,38 @@ class TestVLLMBackend(BackendConformance):
         torch.testing.assert_close(projected.rows.double(), wide @ directions.double().T, rtol=1e-4, atol=1e-4)
         with pytest.raises(VectorError, match=rf"\[3, 5\].*{width}"):
             client.params(None, sites=[site], reduce=torch.ones(3, 5))
+
+    def test_a_chat_is_steered_as_the_tokens_of_its_template(self, backend: Any) -> None:
+        client, llm, tokenizer = backend._client, backend._llm, backend.tokenizer
+        drawn = torch.randn(2, backend.info.hidden_size, generator=torch.Generator().manual_seed(1))
+        kinds = [None, *(Steering({"layers.1.resid_post": [Add(one, scale=2.0)]}) for one in drawn)]
+        chats = [[{"role": "user", "content": text}] for text in ("Who is there?", "Who is there?", "Nobody.")]
+        texts = [tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in chats]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        settings = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+
+        def params() -> list[Any]:
+            return [client.params(one, sites=["layers.1.resid_post"], **settings) for one in kinds]
+
+        chatted, given = params(), params()
+        talks = llm.chat(chats, chatted, use_tqdm=False)
+        plain = llm.generate([{"prompt_token_ids": one} for one in ids], given, use_tqdm=False)
+        assert [list(one.prompt_token_ids) for one in talks] == ids
+        made = [list(one.outputs[0].token_ids) for one in talks]
+        assert made == [list(one.outputs[0].token_ids) for one in plain]
+        assert made[0] != made[1]
+        for reports in (client.collect(chatted), client.collect(given)):
+            for (report,), steering, prompt in zip(reports, kinds, ids, strict=True):
+                rows = len(prompt) + 7
+                assert report.digest == (None if steering is None else steering.digest)
+                assert [op.rows for op in report.ops] == ([] if steering is None else [rows])
+                assert [held.positions for held in report.captured] == [tuple(range(rows))]
+        # one conversation, with parameters that vLLM made
+        extra = client.extra_args(kinds[1])
+        (talk,) = llm.chat(chats[1], engine.sampling(extra_args=extra, **settings), use_tqdm=False)
+        assert list(talk.outputs[0].token_ids) == made[1]
+        ((report,),) = client.collect([extra])
+        assert [op.rows for op in report.ops] == [len(ids[1]) + 7]
 
     def test_many_seeded_prompts_do_not_end_the_engine(self, backend: Backend) -> None:
         """Together they are longer than one pass; vLLM on the CPU cannot draw after a prompt that was split."""
