@@ -29,7 +29,7 @@ COMMON = {
     "enforce_eager": True,
     "max_model_len": 256,
     "max_num_seqs": 16,
-    "max_num_batched_tokens": 48,  # prompts come in parts
+    "max_num_batched_tokens": 32,  # prompts come in parts; the longest do not fit
     "enable_prefix_caching": False,
     "skip_tokenizer_init": True,
     "seed": 0,
@@ -54,6 +54,7 @@ def params(client: Client, requests: list[dict[str, Any]]) -> list[Any]:
             Steering.load(asked["steering"]) if asked["steering"] else None,
             sites=asked["sites"],
             edit=asked["edit"],
+            positions=asked["positions"],
             dose=asked["dose"],
             forced=asked["forced"],
             n=asked["n"],
@@ -77,17 +78,32 @@ def collect(client: Client, made: list[Any]) -> tuple[list[list[Report]], str]:
 
 
 def run_llm(one: dict[str, Any]) -> dict[str, Any]:
-    llm = LLM(one["model"], additional_config={"trimtab": one["settings"]}, **COMMON, **one["engine"])
+    llm = LLM(one["model"], additional_config={"trimtab": one["settings"]}, **(COMMON | one["engine"]))
     if one["engine"].get("pipeline_parallel_size", 1) > 1:
         # later stages have nowhere to receive before a first pass, which vLLM leaves out for eager engines on the CPU
         llm.collective_rpc("execute_dummy_batch")
     client = attach(llm)
     said = refusals(client, one["refused"])
     made = params(client, one["requests"])
+    preempted = preemptions(llm)
     outputs = llm.generate([{"prompt_token_ids": asked["prompt"]} for asked in one["requests"]], made, use_tqdm=False)
     reports, unknown = collect(client, made)
     found = {"said": said, "unknown": unknown, "outputs": outputs, "reports": reports, "stats": client.stats()}
+    found["preempted"] = len(preempted)
     llm.llm_engine.engine_core.shutdown()
+    return found
+
+
+def preemptions(llm: Any) -> list[str]:
+    """Return a list that will hold the name of each request when the engine's scheduler preempts it."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    found, stock = list[str](), scheduler._preempt_request
+
+    def noted(request: Any, *more: Any, **named: Any) -> Any:
+        found.append(request.request_id)
+        return stock(request, *more, **named)
+
+    scheduler._preempt_request = noted
     return found
 
 
@@ -97,7 +113,7 @@ async def run_async(one: dict[str, Any]) -> dict[str, Any]:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine = AsyncLLM.from_engine_args(
-        AsyncEngineArgs(model=one["model"], additional_config={"trimtab": one["settings"]}, **COMMON, **one["engine"])
+        AsyncEngineArgs(model=one["model"], additional_config={"trimtab": one["settings"]}, **(COMMON | one["engine"]))
     )
     client = await Workers(engine).attach()
     said = await asyncio.to_thread(refusals, client, one["refused"])
@@ -113,7 +129,9 @@ async def run_async(one: dict[str, Any]) -> dict[str, Any]:
     reports, unknown = await asyncio.to_thread(collect, client, made)
     stats = await asyncio.to_thread(client.stats)
     engine.shutdown()
-    return {"said": said, "unknown": unknown, "outputs": outputs, "reports": reports, "stats": stats}
+    return {
+        "said": said, "unknown": unknown, "outputs": outputs, "reports": reports, "stats": stats, "preempted": None
+    }  # fmt: skip
 
 
 def run_ray(one: dict[str, Any]) -> dict[str, Any]:
@@ -171,12 +189,13 @@ def write(plan: Path, one: dict[str, Any], found: dict[str, Any]) -> None:
                 {
                     "digest": report.digest,
                     "rows": report.rows,
+                    "cached": report.cached,
                     "ops": [[op.site, op.op, op.rows, op.clamped, op.selected] for op in report.ops],
                     "captured": captured,
                 }
             )
         requests.append({"tokens": [list(made.token_ids) for made in output.outputs], "children": children})
-    document = {name: found[name] for name in ("said", "unknown", "stats")} | {"requests": requests}
+    document = {name: found[name] for name in ("said", "unknown", "stats", "preempted")} | {"requests": requests}
     safetensors.torch.save_file(rows, plan.with_name(f"{one['name']}.safetensors"))
     plan.with_name(f"{one['name']}.json").write_text(json.dumps(document))
 

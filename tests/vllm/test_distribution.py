@@ -1,7 +1,8 @@
 """One engine of several workers does what one worker does: tensor, pipeline and data parallel, and on Ray.
 
 The embedded model, float32, eager. Every engine runs the same batch: requests that are steered, steered otherwise,
-recorded, measured, forced along tokens, and left alone; what comes home is held against the engine of one worker.
+recorded, measured, forced along tokens, and left alone, and make 1, 2, 12 or 33 tokens; what comes home is held against
+the engine of one worker.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make test installs it"),
     pytest.mark.filterwarnings("ignore"),
 ]
-WIDTH, LAYERS, TOKENS = 128, 6, 12
+WIDTH, LAYERS, TOKENS, BLOCK = 128, 6, 12, 32
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 SHARDED = ("q", "k", "v", "attn_z", "mlp_act")
 ENDS = ("embed", "final_norm", "logits")
@@ -73,27 +74,43 @@ LATE = Steering(
 )
 """On what the second stage receives, and on its last layer."""
 BY_TOKEN = Steering({"layers.4.resid_post": [Add(direction(6), scale=2.0)]}, positions="tokens{11,15,20}")
+DECODING = Steering(
+    {f"layers.{layer}.resid_post": [Add(direction(8), scale=1.0)] for layer in (1, 4)}, positions="generated"
+)
+"""It leaves blocks of the prompt to everybody."""
+HOSTILE = {"enable_prefix_caching": True, "block_size": BLOCK, "max_model_len": 128, "num_gpu_blocks_override": 7}
+"""An engine that shares blocks, and has room for half of what it is asked for."""
 
 
 @dataclass(frozen=True)
 class Asked:
+    length: int
+    """Of its prompt; prompts of one length are equal."""
     steering: Steering | None = None
     sites: tuple[str, ...] = ()
     edit: tuple[str, ...] = ("after",)
+    positions: str = "all"
     dose: str = "counts"
     forced: tuple[int, ...] | None = None
     n: int = 1
+    tokens: int = TOKENS
 
 
 BATCH = (
-    Asked(BOTH_STAGES, EVERY),
-    Asked(None, EVERY),
-    Asked(LATE, dose="full"),
-    Asked(),
-    Asked(LATE, ("layers.*.resid_post", "layers.3.resid_pre"), ("before", "after")),
-    Asked(BY_TOKEN, ("layers.4.resid_post",), forced=tuple(range(10, 10 + TOKENS))),
-    Asked(BOTH_STAGES, ("final_norm",), forced=tuple(range(40, 40 + TOKENS)), n=2),
+    Asked(40, tokens=33),
+    Asked(40, DECODING, ("layers.*.resid_post", "final_norm"), positions="generated", tokens=33),
+    Asked(5, BOTH_STAGES, EVERY),
+    Asked(33, None, EVERY, tokens=33),
+    Asked(20, LATE, dose="full"),
+    Asked(9, tokens=1),
+    Asked(12, LATE, ("layers.*.resid_post", "layers.3.resid_pre"), ("before", "after"), tokens=33),
+    Asked(16, BY_TOKEN, ("layers.4.resid_post",), forced=tuple(range(10, 10 + TOKENS))),
+    Asked(7, BOTH_STAGES, ("final_norm",), forced=tuple(range(40, 40 + TOKENS)), n=2),
+    Asked(35, BOTH_STAGES, EVERY, tokens=1),
+    Asked(14, LATE, EVERY, tokens=2),
 )
+SHARING, RECORDED = 1, 2
+"""Finds the first block of its prompt in the cache; is recorded everywhere."""
 
 
 @dataclass
@@ -130,7 +147,7 @@ def start(folder: Path, name: str, kind: str = "llm", without: tuple[str, ...] =
             file = str(folder / f"{number}.steering")
             asked.steering.save(file)
         sites = [site for site in asked.sites if site not in without]
-        requests.append({**vars(asked), "sites": sites, "steering": file, "prompt": prompt, "tokens": TOKENS})
+        requests.append({**vars(asked), "sites": sites, "steering": file, "prompt": prompt})
     refused = []
     for number, (site, width) in enumerate(
         (("layers.1.mlp_act", 384), ("layers.4.q", 128), ("layers.4.resid_mid", 128))
@@ -168,14 +185,20 @@ def start(folder: Path, name: str, kind: str = "llm", without: tuple[str, ...] =
 
 
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    lengths = (5, 33, 20, 9, 12, 16, 7)
-    return [torch.randint(3, 180, (length,), generator=generator).tolist() for length in lengths]
+    drawn = [torch.randint(3, 180, (one.length,), generator=torch.Generator().manual_seed(one.length)) for one in BATCH]
+    return [one.tolist() for one in drawn]
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Found:
-    return start(tmp_path_factory.mktemp("alone"), "alone")
+    """One worker with a cache of blocks that is too small for the batch."""
+    return start(tmp_path_factory.mktemp("alone"), "alone", **HOSTILE)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """One worker that shares no blocks: what is computed does not depend on what runs beside it."""
+    return start(tmp_path_factory.mktemp("plain"), "plain")
 
 
 def check(found: Found, alone: Found, without: tuple[str, ...] = ()) -> None:
@@ -207,31 +230,38 @@ def check(found: Found, alone: Found, without: tuple[str, ...] = ()) -> None:
 
 def test_one_worker_keeps_the_law_of_rows_and_counts(alone: Found) -> None:
     for number, (prompt, asked) in enumerate(zip(prompts(), BATCH, strict=True)):
-        rows = len(prompt) + TOKENS - 1
+        rows = len(prompt) + asked.tokens - 1
         one = alone.document["requests"][number]
         assert len(one["children"]) == asked.n
         for child in one["children"]:
             for key, positions, _ in child["captured"]:
-                first = len(prompt) - 1 if "/logits/" in key else 0
+                first = len(prompt) if asked.positions == "generated" else len(prompt) - 1 if "/logits/" in key else 0
                 if "/full" not in key:
                     assert positions == list(range(first, rows))
+            assert child["rows"] == rows
+            assert child["cached"] == (BLOCK if number == SHARING else 0)
             counts = {(op[0], op[1]): op[2] for op in child["ops"]}
             if asked.steering is BOTH_STAGES:
                 assert counts["layers.1.resid_post", "0:Add"] == rows
-                assert counts["logits", "0:Add"] == TOKENS
+                assert counts["logits", "0:Add"] == asked.tokens
             if asked.steering is LATE:
-                assert counts["layers.3.resid_pre", "0:Add"] == TOKENS - 1
+                assert counts["layers.3.resid_pre", "0:Add"] == asked.tokens - 1
+            if asked.steering is DECODING:
+                assert set(counts.values()) == {asked.tokens - 1}
             if asked.steering is BY_TOKEN:
                 chosen = [token for token in [*prompt, *(asked.forced or ())][:rows] if token in (11, 15, 20)]
                 assert counts["layers.4.resid_post", "0:Add"] == len(chosen) > 0
     assert alone.document["said"][:2] == ["", ""]
     assert "does not steer layers.4.resid_mid" in alone.document["said"][2]
-    assert {key.split("/")[2] for key in alone.rows if key.startswith("0/")} == set(EVERY)
+    assert {key.split("/")[2] for key in alone.rows if key.startswith(f"{RECORDED}/")} == set(EVERY)
+    assert alone.document["preempted"] > 0
 
 
 def test_tensor_parallel_workers_act_as_one(alone: Found, tmp_path: Path) -> None:
-    found = start(tmp_path, "tensor", without=BEGINNING, tensor_parallel_size=2)
+    found = start(tmp_path, "tensor", without=BEGINNING, tensor_parallel_size=2, **HOSTILE)
     check(found, alone, BEGINNING)
+    assert found.document["preempted"] > 0
+    assert found.document["requests"][SHARING]["children"][0]["cached"] == BLOCK
     assert len(found.document["stats"]) == 2
     for said, site in zip(found.document["said"], ("layers.1.mlp_act", "layers.4.q"), strict=False):
         assert f"SteeringError: {site} is not steered under tensor parallelism: each rank holds" in said
@@ -253,28 +283,28 @@ def check_stages(found: Found) -> None:
 
 
 @pytest.mark.full
-def test_pipeline_stages_act_as_one(alone: Found, tmp_path: Path) -> None:
+def test_pipeline_stages_act_as_one(plain: Found, tmp_path: Path) -> None:
     found = start(tmp_path, "pipeline", pipeline_parallel_size=2)
-    check(found, alone)
+    check(found, plain)
     check_stages(found)
 
 
 @pytest.mark.full
-def test_data_parallel_engines_share_steerings_and_requests(alone: Found, tmp_path: Path) -> None:
+def test_data_parallel_engines_share_steerings_and_requests(plain: Found, tmp_path: Path) -> None:
     found = start(tmp_path, "data", "async", data_parallel_size=2)
-    check(found, alone)
+    check(found, plain)
     assert len(found.document["stats"]) == 2
     for engine in found.document["stats"]:
-        assert engine["registered"] == 5  # what a request names, and two that none does
+        assert engine["registered"] == 6  # what a request names, and two that none does
         assert max(engine["taps"].values()) > 0  # it ran some of the requests
 
 
 @pytest.mark.full
-def test_workers_of_rays_executor_act_as_one(alone: Found, tmp_path: Path) -> None:
+def test_workers_of_rays_executor_act_as_one(plain: Found, tmp_path: Path) -> None:
     if importlib.util.find_spec("ray") is None:
         pytest.skip("Ray is not installed: pip install 'trimtab[ray]'")
     found = start(tmp_path, "ray", "ray", pipeline_parallel_size=2, distributed_executor_backend="ray")
-    check(found, alone)
+    check(found, plain)
     check_stages(found)
 
 
