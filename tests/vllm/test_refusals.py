@@ -41,7 +41,7 @@ import torch
 from tests.vllm import _engine as engine
 from trimtab.backends import Request, open_backend
 from trimtab.backends.vllm import attach
-from trimtab.errors import BackendError, InputError, PositionError, TrimtabError
+from trimtab.errors import BackendError, InputError, PositionError, SiteError, TrimtabError
 from trimtab.steering import Add, Edit, Patch, Steering
 
 pytestmark = engine.MARKS
@@ -276,6 +276,8 @@ def test_a_worker_that_dies_is_one_error_and_bad_positions_another(
     for name, value in (engine.SETTINGS | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    with pytest.raises(SiteError, match=r"layer 7 is outside this model, which has layers 0 to 1$"):
+        open_backend("vllm", model, dtype="float32", sites=["layers.7.resid_post"], engine={"enforce_eager": True})
     before = set(psutil.Process().children(recursive=True))
     backend = open_backend("vllm", model, dtype="float32", engine={"enforce_eager": True, "max_model_len": 256})
     one = Request(prompt=(5, 6, 7), steering=Steering({SITE: [Add(V)]}, positions="-9:"), max_new_tokens=4)

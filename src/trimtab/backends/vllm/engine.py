@@ -12,6 +12,7 @@ import psutil
 
 from trimtab._base.optional import require
 from trimtab.backends.vllm.config import KEY
+from trimtab.backends.vllm.refused import listening
 from trimtab.errors import BackendError, InputError, TrimtabError
 
 _LOG = {"VLLM_LOGGING_STREAM": "ext://sys.stderr", "VLLM_LOGGING_LEVEL": "ERROR"}
@@ -46,9 +47,10 @@ def start(
     Raises:
         PrerequisiteError: vLLM is missing.
         InputError: an argument that vLLM does not have, or that belongs to the backend.
+        TrimtabError: what the plugin refuses in the processes of the engine.
         BackendError: the engine did not start.
     """
-    with _standard_error():
+    with _standard_error(), listening() as refusal:
         vllm: Any = require("vllm", extra="vllm", feature="the vllm backend")
         given = {name: _value(value) for name, value in engine.items()}
         clash = sorted(set(given) & set(_OURS))
@@ -80,7 +82,7 @@ def start(
         except TypeError as error:
             raise InputError(f"vLLM takes no such setting: {_one_line(error)}") from error
         except Exception as error:
-            raise BackendError(
+            raise refusal() or BackendError(
                 f"the engine did not start: {_one_line(_root(error))}; vLLM's log above has the cause. "
                 f"{psutil.virtual_memory().available / 2**30:.1f} GiB of memory are free here: if it asked for more, "
                 "lower --gpu-memory-utilization, --max-model-len or --batch-size"

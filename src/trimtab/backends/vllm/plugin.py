@@ -14,6 +14,7 @@ from typing import Any
 
 from trimtab._base.log import get_logger
 from trimtab.backends.vllm.config import asked, tested, untested
+from trimtab.backends.vllm.refused import telling
 from trimtab.errors import PrerequisiteError
 
 RPC = "trimtab"
@@ -46,6 +47,7 @@ def register() -> None:
     _wrap(EngineCore, _CORE_MADE, after=_steer_core)
 
 
+@telling()
 def _refuse_where_asked(lacking: Sequence[str], worker: Any) -> None:
     if asked(worker.vllm_config) is not None:
         check_version()
@@ -110,6 +112,7 @@ def _wrap(
     setattr(cls, name, gate)
 
 
+@telling()
 def _steer_worker(worker: Any) -> None:
     config = asked(worker.vllm_config)
     if config is None:
@@ -121,6 +124,7 @@ def _steer_worker(worker: Any) -> None:
         worker.vllm_config.additional_config = dict(additional)
     load = worker.load_model
 
+    @telling()
     def load_model(*args: Any, **kwargs: Any) -> Any:
         from trimtab.backends.vllm.worker import SteeredWorker
 
@@ -131,6 +135,7 @@ def _steer_worker(worker: Any) -> None:
     worker.load_model = load_model
 
 
+@telling()
 def _steer_core(core: Any) -> None:
     config = asked(core.vllm_config)
     if config is not None:

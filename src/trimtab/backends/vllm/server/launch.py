@@ -16,6 +16,7 @@ from trimtab._base.optional import require
 from trimtab.backends.vllm.asynchronous import Workers
 from trimtab.backends.vllm.config import DEFAULT_SITES, KEY, PluginConfig, Policy, Storage
 from trimtab.backends.vllm.plugin import check_version, log_as_vllm_does
+from trimtab.backends.vllm.refused import listening
 from trimtab.backends.vllm.server.admin import Admin
 from trimtab.backends.vllm.server.desk import Desk
 from trimtab.backends.vllm.server.engine import install
@@ -119,6 +120,7 @@ def serve(model: str, config: ServeConfig) -> None:
     Raises:
         PrerequisiteError: vLLM is missing, or of a release that is not tested.
         InputError: options or steering files that cannot be used.
+        TrimtabError: what the plugin refuses in the processes of the engine.
         BackendError: the engine does not start.
     """
     store = Store(config.steering)
@@ -127,12 +129,13 @@ def serve(model: str, config: ServeConfig) -> None:
     check_version()
     _vllm("vllm.entrypoints.serve.utils.api_utils").cli_env_setup()
     args = _arguments(model, config, plugin)
-    try:
-        _vllm("uvloop").run(_run(args, config, store))
-    except (RuntimeError, ValueError, OSError) as error:
-        if isinstance(error, TrimtabError):
-            raise
-        raise BackendError(f"the server of {model} did not start or ended: {error}") from error
+    with listening() as refusal:
+        try:
+            _vllm("uvloop").run(_run(args, config, store))
+        except (RuntimeError, ValueError, OSError) as error:
+            if isinstance(error, TrimtabError):
+                raise
+            raise refusal() or BackendError(f"the server of {model} did not start or ended: {error}") from error
 
 
 def _arguments(model: str, config: ServeConfig, plugin: Mapping[str, Any]) -> Any:
