@@ -312,7 +312,9 @@ class Held:
     """What the state of a worker does for its answers."""
 
     def __init__(self) -> None:
-        self.map = SimpleNamespace(family="qwen3", num_layers=LAYERS, hidden_size=WIDTH, sites=lambda: ())
+        self.map = SimpleNamespace(
+            family="qwen3", num_layers=LAYERS, hidden_size=WIDTH, sites=lambda: (), widths=lambda site: 128
+        )
         self.config, self.steered, self.recorded, self.tap_of = PluginConfig(), (), (), {}
         self.nbytes, self.graphs, self.dropped = 0, False, 0
         self.labels: set[str] = set()
