@@ -62,7 +62,7 @@ def run(one: dict[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         "sites": [str(site) for site in client.info.widths],
         "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         "positions": [{str(held.site): held.positions for held in report.captured} for report in reports],
-        "ops": [[[op.site, op.op, op.rows, op.selected] for op in report.ops] for report in reports],
+        "ops": [[[op.site, op.op, op.rows, op.selected, op.clamped] for op in report.ops] for report in reports],
     }
     return document, rows
 
