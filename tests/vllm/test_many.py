@@ -1,27 +1,154 @@
-"""Many requests with random steerings, captures and aborts leave an engine as they found it, each with its own dose."""
+"""Many requests with random steerings, captures and aborts leave an engine as they found it, each with its own dose.
+
+Steerings are of one to three layers and five ops; requests have one or two children, are recorded whole or reduced, and
+follow tokens. Which vectors acted is seen in the states before and after an op: the reference makes one of the other.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import random
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from torch import Tensor
 
 from tests.vllm import _engine as engine
-from trimtab.steering import Add, Steering
+from trimtab.errors import BackendError
+from trimtab.sites import Site
+from trimtab.steering import Ablate, Add, Cap, LowRank, Op, Patch, Positions, Steering
 
 pytestmark = engine.MARKS
-WIDTH, SITE, POOL, SLOTS = 128, "layers.1.resid_post", 40, 8
+WIDTH, LAYERS, POOL, SLOTS = 128, 3, 30, 8
+SITES = tuple(Site.parse(f"layers.{layer}.resid_post") for layer in range(LAYERS))
 SELECTIONS = ("all", "generated", "last_prompt", "prompt", "1:6", "tokens{10,20,30,40,50}")
+STATES = ("before", "after")
 
 
-def vector(number: int) -> torch.Tensor:
-    """Return a direction whose norm names it."""
-    drawn = torch.randn(WIDTH, generator=torch.Generator().manual_seed(number))
+def vector(number: int, layer: int) -> Tensor:
+    """Return a direction whose norm names its steering."""
+    drawn = torch.randn(WIDTH, generator=torch.Generator().manual_seed(LAYERS * number + layer))
     return drawn / drawn.norm() * (1 + number / 4)
+
+
+def op(number: int, layer: int) -> Op:
+    """Return one of five ops on a direction of its own."""
+    v = vector(number, layer)
+    return (
+        Add(v),
+        Cap(v, min=-0.1, max=0.1 + number / 100),
+        Ablate(v, keep=-0.5),
+        Patch(v, weight=0.25),
+        LowRank((v / v.norm())[None] / 8, torch.ones(1), v[:, None] / 8),
+    )[(number + layer) % 5]
+
+
+def steering(number: int) -> Steering:
+    layers = random.Random(number).sample(range(LAYERS), 1 + number % LAYERS)
+    return Steering({str(SITES[layer]): [op(number, layer)] for layer in layers}, positions=SELECTIONS[number % 6])
+
+
+POOLED = [steering(number) for number in range(POOL)]
+PROGRAMS = [one.resolve(num_layers=LAYERS, hidden_size=WIDTH) for one in POOLED]
+for each in PROGRAMS:
+    for program in each.values():
+        program.prepare(torch.device("cpu"), torch.float32)  # so that nothing is made once requests are counted
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One request in flight."""
+
+    chosen: int | None
+    """Number of its steering."""
+    params: Any
+    prompt: list[int]
+    recorded: bool
+    reduced: bool
+    full: bool
+    forced: list[int] | None
+
+    def program(self) -> Any:
+        return {} if self.chosen is None else PROGRAMS[self.chosen]
+
+    def selected(self, ids: list[int]) -> Tensor:
+        """Return which rows its steering selects: bool [len(ids)]."""
+        if self.chosen is None:
+            return torch.zeros(len(ids), dtype=torch.bool)
+        where = Positions.parse(SELECTIONS[self.chosen % 6])
+        return where.mask(torch.arange(len(ids)), len(self.prompt), torch.tensor(ids))
+
+    def wrong(self, tokens: list[int], report: Any) -> list[str]:
+        """Return what is wrong with the report of a child that made these tokens."""
+        ids = (self.prompt + tokens)[: len(self.prompt) + len(tokens) - 1]
+        chosen = self.selected(ids)
+        acted = torch.nonzero(chosen[report.cached :])[:, 0] + report.cached
+        said = self.named(report)
+        said += [f"{report.rows} rows of {len(ids)}"] * (report.rows != len(ids))
+        said += [f"{tokens} instead of {self.forced}"] * (self.forced not in (None, tokens))
+        wanted = [(str(site), step.name) for site, one in self.program().items() for step in one.steps]
+        said += [f"ops {report.ops}"] * ([(one.site, one.op) for one in report.ops] != wanted)
+        for one in report.ops:
+            if one.rows != len(acted) or one.selected not in (None, len(acted)):
+                said.append(f"{one.op} at {one.rows} rows, selected {one.selected}, of {len(acted)}")
+        if self.full and len(acted):
+            said += [f"full doses {set(report.full)}"] * (len(report.full) != len(wanted))
+        for (site, number), (at, values) in report.full.items():
+            said += self.measured(self.program()[Site.parse(site)].steps[number].op, values)
+            said += [f"measured at {at}, not {acted}"] * (list(at) != acted.tolist())
+        if self.recorded:
+            said += self.moved(report, ids, chosen)
+            said += [f"{report.cached} rows were not recorded"] * (report.cached != 0)
+            said += [f"{held.positions}" for held in report.captured if held.positions != tuple(range(len(ids)))]
+            said += [f"{len(report.captured)} states"] * (len(report.captured) != 2 * LAYERS)
+        return said
+
+    def named(self, report: Any) -> list[str]:
+        wanted = None if self.chosen is None else POOLED[self.chosen].digest
+        return [] if report.digest == wanted else [f"digest {report.digest} instead of {wanted}"]
+
+    def measured(self, op: Op, values: Tensor) -> list[str]:
+        """Compare a full dose with what the op does to any projection."""
+        before, after = values[:, 0], values[:, 1]
+        if isinstance(op, Add):
+            good = torch.allclose(after - before, op.vector.norm(), atol=1e-3)
+        elif isinstance(op, Cap):
+            good = torch.allclose(after, before.clamp(op.min, op.max), atol=1e-3)
+        elif isinstance(op, Ablate):
+            good = torch.allclose(after, before * op.keep, atol=1e-3)
+        else:
+            good = True  # no direction to measure along
+        return [] if good else [f"{op.kind}: {before} became {after}"]
+
+    def moved(self, report: Any, ids: list[int], chosen: Tensor) -> list[str]:
+        """Compare recorded states after the ops with what the reference makes of those before them."""
+        held, said = {(one.site, one.edit): one.rows for one in report.captured}, []
+        for site in SITES:
+            before, after = held[site, "before"], held[site, "after"]
+            program = self.program().get(site)
+            if self.reduced:
+                ops = [] if program is None else [step.op for step in program.steps]
+                if all(isinstance(op, Add) for op in ops):  # of the others a mean says less than it takes
+                    share = chosen.double().mean()
+                    wanted = sum((share * op.vector for op in ops), torch.zeros(WIDTH, dtype=torch.float64))
+                    if not torch.allclose((after - before).double()[0], wanted, atol=1e-4):
+                        said.append(f"{site}: the mean moved by {(after - before).norm():.2e}")
+                continue
+            wanted, count = before, len(before)
+            if program is not None and count:
+                rows = {"positions": torch.arange(count), "token_ids": torch.tensor(ids[:count])}
+                wanted = program.apply(before, prompt_length=len(self.prompt), **rows).h
+            still = (before == after).all(dim=1)
+            if not torch.allclose(after, wanted, rtol=1e-5, atol=1e-4) or not still[~chosen[:count]].all():
+                said.append(f"{site}: off by {(after - wanted).abs().max():.2e}, {(~still).sum()} rows moved")
+            if program is not None and not isinstance(program.steps[0].op, Cap) and still[chosen[:count]].any():
+                said.append(f"{site}: a row that was selected did not move")
+        return said
 
 
 class Crowd:
@@ -32,29 +159,37 @@ class Crowd:
         more = {"num_gpu_blocks_override": 24, "block_size": 32, "enable_prefix_caching": True}
         self.llm = engine.start(model, settings, max_num_batched_tokens=64, **more)
         self.client, self.inner = engine.attached(self.llm), self.llm.llm_engine
-        self.pool = [Steering({SITE: [Add(vector(n))]}, positions=SELECTIONS[n % 6]) for n in range(POOL)]
         self.draw, self.wrong, self.aborted, self.number = random.Random(0), [], 0, 0
-        self.flying: dict[str, tuple[int | None, Any, bool]] = {}
-        self.read = 0
+        self.flying: dict[str, Asked] = {}
+        self.read: Counter[str] = Counter()
 
     def ask(self) -> None:
+        from vllm.sampling_params import RequestOutputKind
+
         draw, name = self.draw, f"r{self.number}"
         self.number += 1
         chosen = draw.choice([None, *range(POOL)]) if draw.random() < 0.9 else None
-        recorded, full = draw.random() < 0.3, draw.random() < 0.5
-        settings = {"temperature": 0, "max_tokens": draw.choice((1, 2, 5, 9)), "ignore_eos": True, "detokenize": False}
-        if chosen is None and not recorded:
+        recorded, full, several = draw.random() < 0.3, draw.random() < 0.5, draw.random() < 0.2
+        count = draw.choice((1, 2, 5, 9))
+        forced = [draw.randrange(8, 120) for _ in range(count)] if draw.random() < 0.2 else None
+        reduced = recorded and draw.random() < 0.4
+        settings = {"max_tokens": count, "ignore_eos": True, "detokenize": False}
+        settings |= {"n": 2, "temperature": 1.0} if several else {"temperature": 0}
+        settings["output_kind"] = RequestOutputKind.FINAL_ONLY  # both children in one output
+        prompt = engine.prompts(1, draw.randint(1, 90), draw.randrange(20))[0]
+        if chosen is None and not recorded and forced is None:
             params: Any = engine.sampling(**settings)
         else:
             params = self.client.params(
-                None if chosen is None else self.pool[chosen],
-                sites=[SITE] if recorded else [],
-                edit=("before", "after"),
+                None if chosen is None else POOLED[chosen],
+                sites=list(map(str, SITES)) if recorded else [],
+                edit=STATES,
+                reduce="mean" if reduced else "",
+                forced=forced,
                 dose="full" if full and chosen is not None else "counts",
                 **settings,
             )
-            self.flying[name] = (chosen, params, recorded)
-        prompt = engine.prompts(1, draw.randint(1, 90), draw.randrange(20))[0]
+            self.flying[name] = Asked(chosen, params, prompt, recorded, reduced, full, forced)
         self.inner.add_request(name, {"prompt_token_ids": prompt}, params)
 
     def run(self, count: int) -> None:
@@ -64,47 +199,62 @@ class Crowd:
                 waiting.add(f"r{self.number}")
                 self.ask()
             if self.draw.random() < 0.15 and waiting:
-                self.abort(self.draw.choice(sorted(waiting)), waiting)
+                oldest = min(waiting, key=lambda name: int(name[1:]))  # which is no longer in the queue
+                self.abort(self.draw.choice([oldest, self.draw.choice(sorted(waiting))]), waiting)
             for output in self.inner.step():
                 if output.finished:
                     waiting.discard(output.request_id)
                     self.look(output)
 
     def abort(self, name: str, waiting: set[str]) -> None:
+        """Abort a request; every other one is brought home as far as it came."""
         self.inner.abort_request([name])
+        parents = self.inner.output_processor.parent_requests
+        for parent in [one for one, held in parents.items() if held.external_req_id == name]:
+            del parents[parent]  # vLLM keeps it when it aborts the children
         waiting.discard(name)
-        entry = self.flying.pop(name, None)
-        if entry is not None:
-            self.client.discard([entry[1]])
         self.aborted += 1
+        asked = self.flying.pop(name, None)
+        if asked is None:
+            return
+        if self.draw.random() < 0.5:
+            self.client.discard([asked.params])
+            return
+        try:
+            (reports,) = self.client.collect([asked.params])
+        except BackendError as error:
+            self.wrong += [f"{name}: {error}"] * ("no request had it" not in str(error))  # it still waited for a slot
+            return
+        for report in reports:
+            said = asked.named(report)
+            ids = asked.prompt + [0] * (report.rows - len(asked.prompt))  # what it made is not known
+            by_token = asked.chosen is not None and SELECTIONS[asked.chosen % 6].startswith("tokens")
+            if report.captured and not asked.reduced and not (by_token and report.rows > len(asked.prompt)):
+                said += asked.moved(report, ids, asked.selected(ids))
+                self.read["aborted, recorded"] += 1
+            self.read["aborted"] += 1
+            self.wrong += [f"{name}, aborted: {one}" for one in said]
 
     def look(self, output: Any) -> None:
-        entry = self.flying.pop(output.request_id, None)
-        if entry is None:
+        asked = self.flying.pop(output.request_id, None)
+        if asked is None:
             return
-        chosen, params, recorded = entry
-        ((report,),) = self.client.collect([params])
-        self.read += 1
-        wanted = None if chosen is None else self.pool[chosen].digest
-        said = [] if report.digest == wanted else [f"digest {report.digest} instead of {wanted}"]
-        said += [f"{op.rows} rows of {op.selected}" for op in report.ops if op.selected not in (None, op.rows)]
-        if chosen is not None:
-            size = float(vector(chosen).norm())
-            for _, values in report.full.values():
-                moved = values[:, 1] - values[:, 0]
-                said += [f"moved by {moved}, not {size}"] * (not torch.allclose(moved, torch.tensor(size), atol=1e-3))
-        if recorded:
-            rows = {held.edit: held.rows for held in report.captured}
-            moved = rows["after"] - rows["before"]
-            steered = moved.abs().amax(dim=1) > 0
-            expected = torch.zeros_like(moved) if chosen is None else vector(chosen) * steered[:, None]
-            acted = sum(op.rows for op in report.ops)
-            if not torch.allclose(moved, expected, atol=1e-4) or int(steered.sum()) != acted:
-                said.append(f"{int(steered.sum())} rows moved, {acted} counted")
+        (reports,) = self.client.collect([asked.params])
+        self.read.update(["requests", *(op.op for op in reports[0].ops)])
+        self.read.update(name for name in ("recorded", "reduced", "forced") if getattr(asked, name))
+        self.read["several"] += len(reports) > 1
+        self.read["cached"] += any(report.cached > 0 for report in reports)
+        said = [f"{len(reports)} reports"] * (len(reports) != len(output.outputs))
+        for made, report in zip(output.outputs, reports, strict=False):
+            said += asked.wrong(list(made.token_ids), report)
         self.wrong += [f"{output.request_id}: {one}" for one in said]
 
     def held(self) -> dict[str, Any]:
         engine.generate(self.llm, [[9, 9]], engine.sampling(max_tokens=2))  # a pass that tells who has ended
+        # safetensors has ctypes make a type for every length of a tensor, which ctypes keeps for good
+        kinds: dict[Any, Any] = ctypes._pointer_type_cache  # type: ignore[attr-defined]
+        for kind in [one for one in kinds if isinstance(one, type) and issubclass(one, ctypes.Array)]:
+            del kinds[kind]
         gc.collect()
         (stats,) = self.client.stats()
         me = psutil.Process()
@@ -134,7 +284,12 @@ def run(model: str, count: int) -> dict[str, Any]:
 def check(found: dict[str, Any], count: int) -> None:
     assert found["wrong"] == []
     assert found["aborted"] > count / 50
-    assert found["read"] > count / 2
+    read = found["read"]
+    assert read["requests"] > count / 2
+    assert min(read[f"0:{kind}"] for kind in ("Add", "Cap", "Ablate", "Patch", "LowRank")) > count / 20
+    assert min(read[kind] for kind in ("recorded", "reduced", "forced", "several")) > count / 30
+    assert min(read["aborted"], read["cached"]) > count / 100
+    assert read["aborted, recorded"] > 0
     before, after = found["before"], found["after"]
     # stock vLLM grows by some 2 KiB for each of these requests; caches of both fill up, and then no object stays behind
     grown = (after.pop("rss") - before.pop("rss")) / 2**20
