@@ -11,68 +11,171 @@ import torch
 
 from tests.vllm import _engine as engine
 from trimtab.sites import Site
-from trimtab.steering import Ablate, Add, Cap, Steering
+from trimtab.steering import (
+    Ablate,
+    AblateSubspace,
+    Add,
+    Cap,
+    CapSubspace,
+    LowRank,
+    Op,
+    Patch,
+    SetProjection,
+    Steering,
+)
 
 pytestmark = engine.MARKS
-COUNT, LENGTH, TOKENS, TOP, WIDTH = 16, 12, 24, 50, 512
+COUNT, LENGTH, TOKENS, WIDTH, VOCABULARY = 16, 12, 24, 512, 128
 UNSTEERED = 5
 SITES = ["layers.*.resid_post"]
+BEGINNINGS = ["embed", "layers.*.resid_pre"]
+INSIDE = ["layers.*.q", "layers.*.attn_out", "layers.*.resid_mid", "final_norm", "logits"]
 MATHS = ("float32", "bfloat16", "float16")
+KINDS = ["idle", "mixed", "one", "half", "zero"]
+RAW = {"max_logprobs": -1, "logprobs_mode": "raw_logits"}
+"""The logits as the model gave them, of every token."""
 
 
-def batch(kind: str, client: Any) -> list[Any]:
-    """Return the parameters of 16 requests: nobody steered, one of them not, or steered to no effect."""
-    settings = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": TOP, "detokenize": False}
-    made = torch.Generator().manual_seed(1)
+def to_no_effect(number: int, sites: list[str]) -> Steering:
+    """Return a steering that changes nothing, one of eight."""
+
+    def op(width: int) -> Op:
+        vector, pair = drawn(number, width)
+        return (
+            Add(vector, scale=0.0),
+            Cap(vector, min=-1e6, max=1e6),
+            Ablate(vector, keep=1.0),
+            AblateSubspace(pair, keep=1.0),
+            CapSubspace(pair, min=-1e6, max=[1e6, None]),
+            Add(vector, scale=0.3),
+            Patch(vector, weight=0.0),
+            LowRank(pair, torch.ones(2), torch.zeros(width, 2)),
+        )[number % 8]
+
+    return Steering({site: [op(width(site))] for site in sites}, gain=0.0 if number % 8 == 5 else 1.0)
+
+
+def to_some_effect(number: int, sites: list[str]) -> Steering:
+    """Return a steering that changes every request, one of eight."""
+
+    def op(width: int) -> Op:
+        vector, pair = drawn(number, width)
+        return (
+            Add(vector, scale=0.3),
+            Cap(vector, max=-0.5),
+            Ablate(vector, keep=-1.0),
+            AblateSubspace(pair, keep=0.0),
+            CapSubspace(pair, min=[0.2, None], max=[0.3, -0.4]),
+            SetProjection(vector, value=0.7),
+            Patch(vector, weight=0.2),
+            LowRank(pair / 16, torch.ones(2), pair.T.contiguous() / 16),
+        )[number % 8]
+
+    return Steering({site: [op(width(site))] for site in sites})
+
+
+def drawn(number: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return a direction, and two."""
+    rows = torch.randn(3, width, generator=torch.Generator().manual_seed(number))
+    return rows[0], rows[1:]
+
+
+def width(site: str) -> int:
+    return VOCABULARY if site == "logits" else WIDTH
+
+
+def batch(kind: str, client: Any, sites: list[str]) -> list[Any]:
+    """Return the parameters of 16 requests.
+
+    None of them is ours ("stock", "idle"); one is not steered beside 15 that are ("mixed"), or steered to no effect
+    ("one"); every other one is steered to no effect ("half"), or all are ("zero").
+    """
+    settings = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "logprobs": -1, "detokenize": False}
     params = []
     for number in range(COUNT):
-        vector = torch.randn(WIDTH, generator=made)
-        nothing = [Add(vector, scale=0.0), Cap(vector, max=1e6), Ablate(vector, keep=1.0)][number % 3]
-        op = Add(vector, scale=0.3) if kind == "mixed" else nothing
-        idle = kind in ("stock", "idle") or (kind == "mixed" and number == UNSTEERED)
-        plain = engine.sampling(**settings)
-        params.append(plain if idle else client.params(Steering({SITES[0]: [op]}), **settings))
+        if kind in ("stock", "idle") or (kind == "mixed" and number == UNSTEERED):
+            params.append(engine.sampling(**settings))
+        elif kind == "zero" or (kind == "half" and number % 2 == 0) or (kind == "one" and number == UNSTEERED):
+            which = {"zero": number, "half": number // 2, "one": 1}[kind]
+            params.append(client.params(to_no_effect(which, sites), **settings))
+        else:
+            params.append(client.params(to_some_effect(number, sites), **settings))
     return params
 
 
-def run(model: str, modes: list[str], kinds: list[str], dtype: str = "bfloat16") -> dict[str, list[str]]:
-    """Return digests of tokens and logprobs: mode/kind -> one per request."""
+def run(model: str, modes: list[str], kinds: list[str], dtype: str, sites: list[str]) -> dict[str, list[str]]:
+    """Return digests of tokens and logits: mode/kind -> one per request."""
     found = {}
     for mode in modes:
         steered = kinds != ["stock"]
         llm = engine.start(
             model,
-            {"sites": SITES, "max_steering": 16} if steered else None,
+            {"sites": sites, "max_steering": 16, "directions_per_op": 2} if steered else None,
             dtype=dtype,
             enforce_eager=mode == "eager",
+            **RAW,
         )
         client = engine.attached(llm) if steered else None
         for kind in kinds:
-            outputs = engine.generate(llm, engine.prompts(COUNT, LENGTH), batch(kind, client))
+            outputs = engine.generate(llm, engine.prompts(COUNT, LENGTH), batch(kind, client, sites))
+            assert {len(step) for one in outputs for step in one.outputs[0].logprobs} == {VOCABULARY}
             found[f"{mode}/{kind}"] = [engine.logprobs_digest(one) for one in outputs]
         del llm, client
         engine.stop()
     return found
 
 
-def check_identity(model: str, folder: Path, modes: list[str], dtype: str = "bfloat16") -> None:
+def check_identity(
+    model: str, folder: Path, modes: list[str], dtype: str = "bfloat16", sites: list[str] = SITES
+) -> None:
     # the stock engine does not even load the plugin
-    stock = engine.call(run, model, modes, ["stock"], dtype, cwd=folder, VLLM_PLUGINS="none")
-    ours = engine.call(run, model, modes, ["idle", "mixed", "zero"], dtype, cwd=folder)
+    stock = engine.call(run, model, modes, ["stock"], dtype, sites, cwd=folder, VLLM_PLUGINS="none")
+    ours = engine.call(run, model, modes, KINDS, dtype, sites, cwd=folder)
     for mode in modes:
         wanted = stock[f"{mode}/stock"]
         assert len(set(wanted)) == COUNT
-        assert ours[f"{mode}/idle"] == wanted
-        assert ours[f"{mode}/zero"] == wanted
-        mixed = ours[f"{mode}/mixed"]
-        assert mixed[UNSTEERED] == wanted[UNSTEERED]
-        assert not {one for number, one in enumerate(mixed) if number != UNSTEERED} & set(wanted)
+        check_bits({kind: ours[f"{mode}/{kind}"] for kind in KINDS}, wanted, mode)
+
+
+def check_among_themselves(model: str, folder: Path, sites: list[str]) -> None:
+    """Nobody changes the bits of another: what nothing steers is what it is where nobody is steered."""
+    found = engine.call(run, model, ["compiled"], KINDS, "bfloat16", sites, cwd=folder)
+    check_bits({kind: found[f"compiled/{kind}"] for kind in KINDS}, found["compiled/idle"], "compiled")
+
+
+def check_bits(found: dict[str, list[str]], wanted: list[str], mode: str) -> None:
+    """Who is not steered, or steered to no effect, has the wanted digest; nobody else has any of them."""
+    assert found["idle"] == wanted, mode
+    assert found["zero"] == wanted, mode
+    same = {"mixed": [UNSTEERED], "one": [UNSTEERED], "half": list(range(0, COUNT, 2))}
+    for kind, untouched in same.items():
+        assert [found[kind][number] for number in untouched] == [wanted[number] for number in untouched], (mode, kind)
+        others = {one for number, one in enumerate(found[kind]) if number not in untouched}
+        assert len(others) == COUNT - len(untouched)
+        assert not others & set(wanted), (mode, kind)
 
 
 def test_whom_nothing_steers_gets_the_bits_of_stock_vllm(tmp_path: Path) -> None:
     check_identity(
         engine.save("qwen3", tmp_path / "model", layers=4, width=WIDTH, head=64), tmp_path, ["eager", "compiled"]
     )
+
+
+@pytest.mark.full
+def test_whom_nothing_steers_gets_the_bits_of_stock_vllm_inside_blocks_and_at_the_end(tmp_path: Path) -> None:
+    model = engine.save("qwen3", tmp_path / "model", layers=4, width=WIDTH, head=64)
+    check_identity(model, tmp_path, ["eager", "compiled"], sites=INSIDE)
+
+
+@pytest.mark.full
+def test_what_enters_the_first_block_is_not_stocks_to_the_bit_where_it_can_be_steered_compiled_in_16_bits(
+    tmp_path: Path,
+) -> None:
+    # torch.compile fuses the lookup of embeddings with what reads them, where nothing has to stand between the two
+    model = engine.save("qwen3", tmp_path / "model", layers=4, width=WIDTH, head=64)
+    check_identity(model, tmp_path, ["eager"], sites=BEGINNINGS)
+    check_identity(model, tmp_path, ["compiled"], "float32", sites=BEGINNINGS)
+    check_among_themselves(model, tmp_path, BEGINNINGS)
 
 
 @pytest.mark.full
@@ -88,11 +191,7 @@ def test_norms_behind_branches_are_rounded_to_16_bits_once_more_when_compiled(tm
     model = engine.save("gemma3", tmp_path / "model", layers=4, width=WIDTH, head=64)
     check_identity(model, tmp_path, ["eager"])
     check_identity(model, tmp_path, ["compiled"], "float32")
-    found = engine.call(run, model, ["compiled"], ["idle", "mixed", "zero"], cwd=tmp_path)
-    idle, mixed = found["compiled/idle"], found["compiled/mixed"]
-    assert found["compiled/zero"] == idle
-    assert mixed[UNSTEERED] == idle[UNSTEERED]
-    assert not {one for number, one in enumerate(mixed) if number != UNSTEERED} & set(idle)
+    check_among_themselves(model, tmp_path, SITES)
 
 
 def corrections(model: str, modes: list[str]) -> dict[str, Any]:
@@ -190,3 +289,44 @@ def test_a_compiled_graph_serves_its_own_engine_in_both_orders(tmp_path: Path) -
     (stock, steered, last), other = runs[0]["digests"], runs[1]["digests"]
     assert stock == last == other[1]
     assert other[0] == other[2] == steered != stock
+
+
+ENGINES: dict[str, tuple[dict[str, Any], dict[str, list[Any]]]] = {
+    "a": ({"sites": SITES}, {"layers.1.resid_post": [Add(torch.ones(128), scale=0.5)]}),
+    "b": (
+        {"sites": ["embed", "layers.*.mlp_out"], "ops_per_site": 3, "max_steering": 4},
+        {"layers.0.mlp_out": [Add(torch.ones(128), scale=0.2), Ablate(torch.ones(128), keep=0.0)]},
+    ),
+}
+
+
+def side_by_side(model: str, mode: str, order: list[str]) -> dict[str, list[Any]]:
+    """Run requests on an engine, on another one in the same process, and on both again: what each of them gave."""
+    engines: dict[str, Any] = {}
+    found: dict[str, list[Any]] = {name: [] for name in order}
+    for name in [*order, *order]:
+        settings, ops = ENGINES[name]
+        if name not in engines:
+            llm = engine.start(model, settings, enforce_eager=mode == "eager", **RAW)
+            engines[name] = (llm, engine.attached(llm))
+        llm, client = engines[name]
+        asked = {"temperature": 0, "max_tokens": 6, "ignore_eos": True, "logprobs": -1, "detokenize": False}
+        params = client.params(Steering(ops), **asked)
+        outputs = engine.generate(llm, engine.prompts(2, LENGTH), [params, engine.sampling(**asked)])
+        ((report,),) = client.collect([params])
+        digests = [engine.logprobs_digest(one) for one in outputs]
+        found[name].append([*digests, [[op.site, op.op, op.rows] for op in report.ops]])
+    return found
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_engines_of_one_process_do_not_change_each_other(mode: str, tmp_path: Path) -> None:
+    model = engine.save("qwen3", tmp_path / "model", layers=2)
+    one, other = (engine.call(side_by_side, model, mode, order, cwd=tmp_path) for order in (["a", "b"], ["b", "a"]))
+    for name in ENGINES:
+        first, again = one[name]
+        assert first == again == other[name][0] == other[name][1]
+        assert first[0] != first[1]
+        assert {rows for *_, rows in first[2]} == {LENGTH + 5}
+    assert len(one["b"][0][2]) == 2
