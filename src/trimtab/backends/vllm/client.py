@@ -432,7 +432,10 @@ class Client:
         except Exception as error:
             if isinstance(error, errors.TrimtabError):
                 raise
-            raise BackendError(f"the engine did not answer {verb}: {error}; start it again") from error
+            remedy = "start it again"
+            if verb == "hello":
+                remedy = "is trimtab installed where its workers run, and does VLLM_PLUGINS, if set, name it?"
+            raise BackendError(f"the engine did not answer {verb}: {error}; {remedy}") from error
 
     def _ask(self, verb: str, payload: bytes = b"") -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [wire.from_bytes(one) for one in self._raw(verb, payload)]

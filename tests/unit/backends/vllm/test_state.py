@@ -468,3 +468,12 @@ def test_a_dose_names_the_steering_that_the_tables_pointed_at() -> None:
         state.release(name)
     found = state.collect(["one", "two", "plain"])
     assert [found[name][0].digest for name in ("one", "two", "plain")] == [add(2).digest, add(2).digest, None]
+
+
+def test_an_engine_whose_workers_lack_the_plugin_is_told_of() -> None:
+    def collective_rpc(method: str, args: tuple[str, bytes]) -> list[bytes]:
+        raise NotImplementedError(f"Method {method!r} is not implemented")
+
+    with pytest.raises(BackendError, match=r"did not answer hello: Method 'trimtab' is not .*VLLM_PLUGINS") as said:
+        Client(SimpleNamespace(collective_rpc=collective_rpc))
+    assert "\n" not in str(said.value)
