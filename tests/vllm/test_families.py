@@ -518,11 +518,12 @@ def test_every_op_acts_as_in_the_reference(name: str, stated: Group) -> None:
 
 
 FURTHER = {
-    f"{dtype}-{kind}": [(name, dtype, kind) for name in MODELS]
+    f"{dtype}-{kind}": [(name, dtype, kind) for name in MODELS if (name, dtype) != ("gemma3", "float16")]
     for dtype in ("float32", "bfloat16", "float16")
     for kind in KINDS
     if (dtype, kind) != ("float32", "eager")
 }
+"""vLLM refuses Gemma 3 in float16."""
 
 
 @pytest.fixture(scope="module")
@@ -535,8 +536,7 @@ def further(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Group]:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("one", FURTHER)
+@pytest.mark.parametrize(("one", "name"), [(one, name) for one, engines in FURTHER.items() for name, _, _ in engines])
 def test_every_op_acts_as_in_the_reference_compiled_and_in_16_bits(
     one: str, name: str, further: Callable[[str], Group]
 ) -> None:

@@ -6,7 +6,6 @@ follow tokens. Which vectors acted is seen in the states before and after an op:
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import random
 from collections import Counter
@@ -251,10 +250,6 @@ class Crowd:
 
     def held(self) -> dict[str, Any]:
         engine.generate(self.llm, [[9, 9]], engine.sampling(max_tokens=2))  # a pass that tells who has ended
-        # safetensors has ctypes make a type for every length of a tensor, which ctypes keeps for good
-        kinds: dict[Any, Any] = ctypes._pointer_type_cache  # type: ignore[attr-defined]
-        for kind in [one for one in kinds if isinstance(one, type) and issubclass(one, ctypes.Array)]:
-            del kinds[kind]
         gc.collect()
         (stats,) = self.client.stats()
         me = psutil.Process()

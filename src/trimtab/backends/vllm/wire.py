@@ -13,6 +13,7 @@ from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
+import safetensors.numpy
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from trimtab.steering import Positions
 
 VERSION = 2
 _DOCUMENT = "document"
+_BFLOAT16 = ":bfloat16"
 Dose = Literal["counts", "full"]
 
 
@@ -213,17 +215,26 @@ def from_bytes(data: bytes) -> Any:
 
 
 def to_parcel(document: Any, tensors: dict[str, Tensor]) -> bytes:
-    """Return a JSON document and tensors as bytes: a safetensors file, in which the document is a tensor of bytes."""
-    text = torch.frombuffer(bytearray(to_bytes(document)), dtype=torch.uint8)
-    return safetensors.torch.save(tensors | {_DOCUMENT: text})
+    """Return a JSON document and tensors as bytes: a safetensors file, in which the document is a tensor of bytes.
+
+    Through numpy: `safetensors.torch.save` has ctypes make a type for every new number of bytes, and ctypes keeps it.
+    Numpy has no bfloat16; such a tensor travels as int16, and its name says so.
+    """
+    arrays = {_DOCUMENT: np.frombuffer(to_bytes(document), dtype=np.uint8)}
+    for name, tensor in tensors.items():
+        narrow = tensor.dtype is torch.bfloat16
+        arrays[name + _BFLOAT16 * narrow] = (tensor.view(torch.int16) if narrow else tensor).numpy()
+    return safetensors.numpy.save(arrays)
 
 
 def from_parcel(data: bytes) -> tuple[Any, dict[str, Tensor]]:
     """Read what `to_parcel` made; a document alone comes without tensors."""
     if data[:1] == b"{":  # a parcel begins with a size that is a multiple of 8
         return from_bytes(data), {}
-    tensors = safetensors.torch.load(data)
-    return from_bytes(tensors.pop(_DOCUMENT).numpy().tobytes()), tensors
+    read = safetensors.torch.load(data)
+    document = from_bytes(read.pop(_DOCUMENT).numpy().tobytes())
+    narrow = [name for name in read if name.endswith(_BFLOAT16)]
+    return document, read | {name.removesuffix(_BFLOAT16): read.pop(name).view(torch.bfloat16) for name in narrow}
 
 
 def runs(positions: Sequence[int] | Ints) -> list[tuple[int, int]]:

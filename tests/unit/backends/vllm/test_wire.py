@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import pickle
 from typing import Any
@@ -95,6 +96,20 @@ def test_a_parcel_holds_a_document_and_tensors(document: Any, dtypes: list[str])
     assert read == document
     assert tensors.keys() == given.keys()
     assert all(torch.equal(tensors[name], one) and tensors[name].dtype == one.dtype for name, one in given.items())
+
+
+def test_parcels_of_many_lengths_leave_nothing_behind() -> None:
+    def make(length: int) -> None:
+        given = {"rows": torch.zeros(length, 3), "narrow": torch.zeros(length, 3, dtype=torch.bfloat16)}
+        assert len(from_parcel(to_parcel("x" * length, given))[1]) == 2
+
+    make(0)
+    gc.collect()
+    before = len(gc.get_objects())
+    for length in range(1, 300):
+        make(length)
+    gc.collect()
+    assert len(gc.get_objects()) - before < 300
 
 
 def test_a_document_alone_is_a_parcel_without_tensors() -> None:
