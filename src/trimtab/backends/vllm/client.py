@@ -306,9 +306,10 @@ class Client:
                 )
         directions = reduce.detach().float().contiguous().cpu()
         digest = hashlib.blake2b(directions.numpy().tobytes(), digest_size=32).hexdigest()
-        if digest not in self._projected:
-            self._ask("directions", safetensors.torch.save({digest: directions}))
-            self._projected[digest] = None
+        with self._lock:
+            if digest not in self._projected:
+                self._ask("directions", safetensors.torch.save({digest: directions}))
+                self._projected[digest] = None
             while len(self._projected) > MAX_DIRECTIONS // 2:  # so that the workers still hold what is asked for
                 self._projected.popitem(last=False)
         return "projection", digest
