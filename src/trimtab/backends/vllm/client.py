@@ -239,7 +239,8 @@ class Client:
 
         Raises:
             as `register`; SteeringError for a name that is not registered; SiteError for a site that the engine does
-            not record; InputError for arguments out of their range, and tokens that the model does not know.
+            not record; InputError for arguments out of their range, those of a recording without sites, and tokens that
+            the model does not know.
         """
         capture = None
         for name, value in (("sites", sites), ("edit", edit)):
@@ -248,6 +249,8 @@ class Client:
         if sites:
             kind, directions = self._reduction(reduce, sites)
             capture = self._capture(tuple(map(str, sites)), tuple(edit), positions, prompt_logits, kind, directions)
+        else:
+            _check_idle(edit, positions, prompt_logits, reduce)
         if self.info.graphs and (capture is not None or dose == "full"):
             raise BackendError(
                 "rows and full doses cannot be read out of device graphs; start the engine with enforce_eager=True"
@@ -573,6 +576,21 @@ def attach(llm: Any) -> Client:
         raise BackendError(f"this engine was started without steering; {REMEDY}")
     end_waits_when_dead(engine)
     return Client(llm if hasattr(llm, "collective_rpc") else engine)
+
+
+def _check_idle(edit: Sequence[str], positions: str | Positions, prompt_logits: bool, reduce: str | Tensor) -> None:
+    """Refuse what only says how sites are recorded, where none are."""
+    given = {
+        "edit": tuple(edit) != ("after",),
+        "positions": positions != "all",
+        "prompt_logits": prompt_logits,
+        "reduce": isinstance(reduce, Tensor) or bool(reduce),
+    }
+    for name in (name for name, changed in given.items() if changed):
+        raise InputError(
+            f"{name} was given without sites, and says how these are recorded; give sites too (the positions of an op "
+            "are its steering's)"
+        )
 
 
 def _raise(answer: dict[str, Any]) -> None:

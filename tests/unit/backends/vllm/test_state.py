@@ -420,6 +420,11 @@ def test_threads_may_share_a_client(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"dose": "Full"}, "dose is 'Full'; 'counts' or 'full' was expected"),
         ({"forced": [3, VOCABULARY]}, f"forced token {VOCABULARY}: ids from 0 to {VOCABULARY - 1} were expected"),
         ({"forced": [-1]}, "forced token -1"),
+        ({"sites": (), "edit": ("before",)}, "edit was given without sites"),
+        ({"sites": (), "positions": "generated"}, "positions was given without sites"),
+        ({"sites": (), "prompt_logits": True}, "prompt_logits was given without sites"),
+        ({"sites": (), "reduce": "mean"}, "reduce was given without sites"),
+        ({"sites": (), "reduce": torch.eye(WIDTH)}, "reduce was given without sites"),
     ],
 )
 def test_what_a_request_cannot_ask_is_refused_where_it_is_made(given: dict[str, Any], said: str) -> None:
