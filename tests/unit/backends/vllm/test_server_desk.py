@@ -287,6 +287,7 @@ def test_what_the_engine_did_not_take_is_not_kept(tmp_path: Path) -> None:
         ("the engine holds 2 per site; start it with ops_per_site=3", "start it with --ops-per-site 3"),
         ("start it with directions_per_op=2 (at most 64)", "start it with --directions-per-op 2 (at most 64)"),
         ("raise keys_per_steering where the engine is started", "raise --keys-per-steering where"),
+        ("it was started with sites embed; add it there", "it was started with --sites embed; add it there"),
     ],
 )
 def test_a_steering_that_does_not_fit_is_refused_with_the_option_to_raise(tmp_path: Path, said: str, told: str) -> None:

@@ -59,4 +59,5 @@ class Refusal(Exception):
 
 def with_options(message: str) -> str:
     """Return a message of the engine with its settings called as `trimtab serve` takes them."""
-    return _SETTING.sub(lambda found: f"--{found[1].replace('_', '-')}{f' {found[2]}' if found[2] else ''}", message)
+    called = _SETTING.sub(lambda found: f"--{found[1].replace('_', '-')}{f' {found[2]}' if found[2] else ''}", message)
+    return called.replace(" started with sites ", " started with --sites ")
