@@ -1,8 +1,8 @@
 """Run in a process of its own: one engine, of one or of several workers, runs the requests of a plan.
 
 The plan is a JSON document: `name`, `kind` ("llm", "async" or "ray"), `model`, `settings` (ours), `engine` (vLLM's),
-`refused` (steering files that may not be taken) and `requests`. What came of it is NAME.json and NAME.safetensors
-beside the plan.
+`refused` (steering files that may not be taken), `requests`, and `dies` (whether a worker is killed in the end). What
+came of it is NAME.json and NAME.safetensors beside the plan.
 """
 
 from __future__ import annotations
@@ -11,10 +11,12 @@ import asyncio
 import json
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import safetensors.torch
 import torch
 from vllm import LLM
@@ -22,7 +24,7 @@ from vllm import LLM
 from trimtab.backends.vllm import Client, Report, attach
 from trimtab.backends.vllm.asynchronous import Workers
 from trimtab.errors import BackendError, TrimtabError
-from trimtab.steering import Steering
+from trimtab.steering import Add, Steering
 
 COMMON = {
     "dtype": "float32",
@@ -34,6 +36,8 @@ COMMON = {
     "skip_tokenizer_init": True,
     "seed": 0,
 }
+SECONDS = 120
+"""In which every call of an engine that has died ends, or it hangs."""
 
 
 def refusals(client: Client, files: list[str]) -> list[str]:
@@ -90,8 +94,31 @@ def run_llm(one: dict[str, Any]) -> dict[str, Any]:
     reports, unknown = collect(client, made)
     found = {"said": said, "unknown": unknown, "outputs": outputs, "reports": reports, "stats": client.stats()}
     found["preempted"] = len(preempted)
+    found["died"] = die(llm, client, one["requests"]) if one["dies"] else {}
     llm.llm_engine.engine_core.shutdown()
     return found
+
+
+def die(llm: Any, client: Client, requests: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """Kill a worker under a steered generation, and return what that call and later ones raise."""
+    steered = next(asked for asked in requests if asked["steering"])
+    other = Steering({"layers.2.resid_post": [Add(torch.ones(128))]})
+    made = client.params(Steering.load(steered["steering"]), max_tokens=100, ignore_eos=True, detokenize=False)
+
+    def generate() -> Any:
+        return llm.generate([{"prompt_token_ids": steered["prompt"]}], made, use_tqdm=False)
+
+    worker = psutil.Process(llm.llm_engine.engine_core.engine_core.model_executor.workers[1].proc.pid)
+    worker.suspend()  # the generation cannot end before the worker is killed
+    pool = ThreadPoolExecutor(1)
+    running = pool.submit(generate)
+    while not llm.llm_engine.has_unfinished_requests():
+        assert not running.done()
+    worker.kill()
+    calls = {"collect": lambda: client.collect([made]), "register": lambda: client.register(other)}
+    ended = {"generating": running} | {name: pool.submit(call) for name, call in calls.items()}
+    found = {name: one.exception(SECONDS) for name, one in ended.items()}
+    return {name: [type(error).__name__, str(error)] for name, error in found.items()}
 
 
 def preemptions(llm: Any) -> list[str]:
@@ -195,7 +222,8 @@ def write(plan: Path, one: dict[str, Any], found: dict[str, Any]) -> None:
                 }
             )
         requests.append({"tokens": [list(made.token_ids) for made in output.outputs], "children": children})
-    document = {name: found[name] for name in ("said", "unknown", "stats", "preempted")} | {"requests": requests}
+    document = {name: found.get(name) for name in ("said", "unknown", "stats", "preempted", "died")}
+    document["requests"] = requests
     safetensors.torch.save_file(rows, plan.with_name(f"{one['name']}.safetensors"))
     plan.with_name(f"{one['name']}.json").write_text(json.dumps(document))
 

@@ -137,7 +137,9 @@ class Found:
         return [[sorted(child["ops"]) for child in one["children"]] for one in self.document["requests"]]
 
 
-def start(folder: Path, name: str, kind: str = "llm", without: tuple[str, ...] = (), **engine: Any) -> Found:
+def start(
+    folder: Path, name: str, kind: str = "llm", without: tuple[str, ...] = (), dies: bool = False, **engine: Any
+) -> Found:
     """Run the batch in an engine, in a process of its own; sites of `without` are not recorded."""
     every = [site for site in EVERY if site not in without]
     requests = []
@@ -155,7 +157,14 @@ def start(folder: Path, name: str, kind: str = "llm", without: tuple[str, ...] =
         refused.append(str(folder / f"refused-{number}.steering"))
         Steering({site: [Add(direction(0, width), scale=1.0)]}).save(refused[-1])
     settings = {"sites": list(STEERED), "capture_sites": every, "max_steering": 4}
-    plan = {"name": name, "kind": kind, "model": str(testbed.path()), "folder": str(folder), "settings": settings}
+    plan = {
+        "name": name,
+        "kind": kind,
+        "dies": dies,
+        "model": str(testbed.path()),
+        "folder": str(folder),
+        "settings": settings,
+    }
     path = folder / f"plan-{name}.json"
     path.write_text(json.dumps({**plan, "engine": engine, "refused": refused, "requests": requests}))
     environment = os.environ | {
@@ -257,8 +266,15 @@ def test_one_worker_keeps_the_law_of_rows_and_counts(alone: Found) -> None:
     assert alone.document["preempted"] > 0
 
 
-def test_tensor_parallel_workers_act_as_one(alone: Found, tmp_path: Path) -> None:
-    found = start(tmp_path, "tensor", without=BEGINNING, tensor_parallel_size=2, **HOSTILE)
+@pytest.fixture(scope="module")
+def tensor(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """Two workers that share each layer; one of them is killed in the end."""
+    folder = tmp_path_factory.mktemp("tensor")
+    return start(folder, "tensor", without=BEGINNING, dies=True, tensor_parallel_size=2, **HOSTILE)
+
+
+def test_tensor_parallel_workers_act_as_one(alone: Found, tensor: Found) -> None:
+    found = tensor
     check(found, alone, BEGINNING)
     assert found.document["preempted"] > 0
     assert found.document["requests"][SHARING]["children"][0]["cached"] == BLOCK
@@ -267,6 +283,17 @@ def test_tensor_parallel_workers_act_as_one(alone: Found, tmp_path: Path) -> Non
         assert f"SteeringError: {site} is not steered under tensor parallelism: each rank holds" in said
         assert "tensor_parallel_size=1" in said
         assert "\n" not in said
+
+
+def test_a_worker_that_is_killed_ends_every_call_with_one_error(tensor: Found) -> None:
+    died = tensor.document["died"]
+    assert died["generating"][0] == "RuntimeError"  # vLLM's own
+    for name in ("collect", "register"):
+        kind, message = died[name]
+        assert kind == "BackendError"
+        assert "the engine has died" in message
+        assert "start it again" in message
+        assert "\n" not in message
 
 
 def check_stages(found: Found) -> None:

@@ -14,12 +14,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -36,6 +38,7 @@ pytestmark = [
 KEY, ADMIN, LIMIT = "for-clients", "for-the-operator", 65536
 PROMPT, TOKENS = "The cat", 24
 START_SECONDS = 300
+DEATH_SECONDS = 90
 
 
 def vector(seed: int) -> torch.Tensor:
@@ -64,6 +67,10 @@ STORED = {
 class Server:
     port: int
     directory: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+    killed: bool = False
+    """Whether a test has ended it."""
 
     @cached_property
     def client(self) -> Any:
@@ -127,19 +134,20 @@ def serving(steerings: dict[str, Steering], directory: Path, *options: str) -> I
             stderr=stream,
         )
         try:
-            made = Server(port, directory)
-            _wait(made, process, log)
+            made = Server(port, directory, process, log)
+            _wait(made)
             yield made
             made.client.close()
-            process.terminate()
-            assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
+            if not made.killed:
+                process.terminate()
+                assert process.wait(timeout=120) == 0, log.read_text()[-3000:]
         finally:
             if process.poll() is None:
                 process.kill()
                 process.wait()
 
 
-def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+def _wait(server: Server) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -148,11 +156,11 @@ def _wait(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
         except OSError:
             pass  # it does not listen yet
         try:
-            process.wait(timeout=0.25)
+            server.process.wait(timeout=0.25)
         except subprocess.TimeoutExpired:
             continue
         break
-    pytest.fail(f"the server did not come up:\n{log.read_text()[-3000:]}")
+    pytest.fail(f"the server did not come up:\n{server.log.read_text()[-3000:]}")
 
 
 @pytest.fixture(scope="module")
@@ -555,8 +563,6 @@ def test_other_methods_are_refused_with_what_is_allowed(server: Server) -> None:
 
 
 def test_the_server_listens_on_the_loopback_address_alone(server: Server) -> None:
-    import psutil
-
     listening = {
         one.laddr.ip
         for one in psutil.net_connections("inet")
@@ -568,42 +574,84 @@ def test_the_server_listens_on_the_loopback_address_alone(server: Server) -> Non
 # sizes and slots
 
 
-def test_the_engine_is_as_large_as_the_files_need_and_full_slots_are_told(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server of one place, for which nothing waits."""
+    options = ("--max-steering", "1", "--when-full", "refuse", "--storage", "bfloat16", "--engine", "max_num_seqs=4")
+    with serving(NARROW, tmp_path_factory.mktemp("narrow"), *options) as made:
+        yield made
+
+
+SPOTS = [Steering({"layers.3.resid_post": [Add(vector(n), scale=0.5)]}, positions=f"{n}:{n + 1}") for n in range(5)]
+NARROW = {
+    "spots": Steering.of(bound for one in SPOTS for bound in one.bound),
+    "wide": Steering({"layers.2.resid_post": [AblateSubspace([vector(n).tolist() for n in range(3)], keep=0.0)]}),
+    "calm": STORED["calm"],
+}
+
+
+def test_the_engine_is_as_large_as_the_files_need_and_full_slots_are_told(narrow: Server) -> None:
     """Rows, directions, ops and keys beyond the defaults of the plugin; one place, and no waiting for it."""
     import openai
 
-    spots = [Steering({"layers.3.resid_post": [Add(vector(n), scale=0.5)]}, positions=f"{n}:{n + 1}") for n in range(5)]
-    wide = Steering({"layers.2.resid_post": [AblateSubspace([vector(n).tolist() for n in range(3)], keep=0.0)]})
-    steerings = {
-        "spots": Steering.of(bound for one in spots for bound in one.bound),
-        "wide": wide,
-        "calm": STORED["calm"],
-    }
-    options = ("--max-steering", "1", "--when-full", "refuse", "--storage", "bfloat16", "--engine", "max_num_seqs=4")
-    directory = tmp_path / "steerings"
-    directory.mkdir()
-    with serving(steerings, directory, *options) as server:
-        prompt = "In the garden the dog saw the cat"
-        report = server.complete("spots,wide", prompt=prompt, max_tokens=3).model_extra["trimtab"]
-        assert [one["rows"] for one in report["ops"] if one["steering"] == "spots"] == [1] * 5
-        assert [one["rows"] for one in report["ops"] if one["steering"] == "wide"] == [report_rows(server, prompt) + 2]
-        uploaded = add(3, 1.0) + steerings["spots"]
-        key = {"X-Trimtab-Admin-Key": ADMIN}
-        status, text = server.http("PUT", "/v1/steerings/six", (uploaded + add(3, 2.0)).dumps(), key)
-        assert status == 400
-        assert "start it with --ops-per-site 7" in json.loads(text)["error"]["message"]
-        with server.complete("calm:2", stream=True, max_tokens=200) as stream:
-            next(iter(stream))
-            with pytest.raises(openai.InternalServerError, match="other steerings hold all 1 places") as caught:
-                server.complete("wide", max_tokens=2)
-            assert caught.value.status_code == 503
-            with pytest.raises(openai.APIError, match="other steerings hold all 1 places"):
-                list(server.complete("wide", max_tokens=2, stream=True))
-            assert server.complete("calm:2", max_tokens=2).choices[0].finish_reason == "length"
-        assert server.metric('trimtab_refusals_total{reason="full"}') == 2
-        assert server.metric("trimtab_reports_lost_total") == 0
+    prompt = "In the garden the dog saw the cat"
+    report = narrow.complete("spots,wide", prompt=prompt, max_tokens=3).model_extra["trimtab"]
+    assert [one["rows"] for one in report["ops"] if one["steering"] == "spots"] == [1] * 5
+    assert [one["rows"] for one in report["ops"] if one["steering"] == "wide"] == [report_rows(narrow, prompt) + 2]
+    uploaded = add(3, 1.0) + NARROW["spots"]
+    status, text = narrow.admin("PUT", "/v1/steerings/six", (uploaded + add(3, 2.0)).dumps())
+    assert status == 400
+    assert "start it with --ops-per-site 7" in json.loads(text)["error"]["message"]
+    with narrow.complete("calm:2", stream=True, max_tokens=200) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.InternalServerError, match="other steerings hold all 1 places") as caught:
+            narrow.complete("wide", max_tokens=2)
+        assert caught.value.status_code == 503
+        with pytest.raises(openai.APIError, match="other steerings hold all 1 places"):
+            list(narrow.complete("wide", max_tokens=2, stream=True))
+        assert narrow.complete("calm:2", max_tokens=2).choices[0].finish_reason == "length"
+    assert narrow.metric('trimtab_refusals_total{reason="full"}') == 2
+    assert narrow.metric("trimtab_reports_lost_total") == 0
 
 
 def report_rows(server: Server, prompt: str) -> int:
     """Return how many tokens a prompt has."""
     return int(server.complete(prompt=prompt, max_tokens=1).usage.prompt_tokens)
+
+
+def test_a_server_whose_engine_is_killed_answers_everybody_and_ends(narrow: Server) -> None:
+    """The last test of its server: three requests are under way, more come, and the process says why it ends."""
+    import httpx
+    import openai
+
+    def fresh() -> tuple[int, str]:
+        """Ask for a steering that the engine does not know yet."""
+        body = json.dumps({"model": "testbed+calm:3", "prompt": PROMPT, "max_tokens": 2})
+        return narrow.http("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+
+    (core,) = [one for one in psutil.Process(narrow.process.pid).children() if "EngineCore" in " ".join(one.cmdline())]
+    narrow.killed = True
+    counted = 'trimtab_requests_total{steering="calm"}'
+    before = narrow.metric(counted)
+    deadline = time.monotonic() + DEATH_SECONDS
+    with ThreadPoolExecutor(2) as pool, narrow.complete("calm", stream=True, max_tokens=240) as stream:
+        next(iter(stream))
+        core.suspend()  # it takes what comes, and does not answer
+        waiting, registering = pool.submit(narrow.complete, "calm"), pool.submit(fresh)
+        while narrow.metric(counted) < before + 2 or narrow.metric("trimtab_steerings_active") < 2:
+            assert time.monotonic() < deadline
+        core.kill()
+        failed = waiting.exception(DEATH_SECONDS)
+        assert isinstance(failed, openai.InternalServerError)
+        status, text = registering.result(DEATH_SECONDS)
+        assert status == 503
+        assert "the engine has died" in json.loads(text)["error"]["message"]
+        with pytest.raises((openai.APIError, httpx.HTTPError)):
+            list(stream)
+    while narrow.process.poll() is None:
+        assert time.monotonic() < deadline
+        with suppress(OSError, http.client.HTTPException):  # it listens no longer
+            assert fresh()[0] >= 500
+    assert narrow.process.returncode == 2
+    said = [line for line in narrow.log.read_text().splitlines() if line.startswith("trimtab: the engine has died")]
+    assert len(said) == 1

@@ -9,6 +9,7 @@ from typing import Any
 from trimtab import errors
 from trimtab.backends.vllm import wire
 from trimtab.backends.vllm.client import Client, Info, Report, attach
+from trimtab.backends.vllm.liveness import dead, has_died
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.steering import Steering
 
@@ -17,19 +18,23 @@ class Workers:
     """The workers of an `AsyncLLM`, asked from its event loop."""
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
         self._loop = asyncio.get_running_loop()
-        self.vllm_config = engine.vllm_config
+        self.vllm_config, self.engine_core = engine.vllm_config, engine.engine_core
 
     async def ask(self, verb: str, payload: bytes = b"") -> list[dict[str, Any]]:
         """Return what every worker answers.
 
         Raises:
             TrimtabError: as the worker refuses it.
+            BackendError: the engine has died.
         """
         try:
             raw = await self._all(RPC, (verb, payload))
         except Exception as error:
+            if isinstance(error, errors.TrimtabError):
+                raise
+            if has_died(self):
+                raise dead() from error
             raise errors.BackendError(f"the engine did not answer {verb}: {error}") from error
         answers: list[dict[str, Any]] = [wire.from_bytes(bytes(one)) for one in raw]
         for one in answers:
@@ -43,8 +48,7 @@ class Workers:
 
     async def _all(self, method: str, args: tuple[Any, ...]) -> list[Any]:
         """Return what the workers of every engine answer; `AsyncLLM.collective_rpc` gives those of the first one."""
-        core = self._engine.engine_core
-        engines = await core.call_utility_all_async("collective_rpc", method, None, args, None)
+        engines = await self.engine_core.call_utility_all_async("collective_rpc", method, None, args, None)
         return [one for answers in engines for one in answers]
 
     async def attach(self) -> Client:

@@ -20,7 +20,7 @@ from trimtab.backends.vllm import wire
 from trimtab.backends.vllm.answers import COUNTS
 from trimtab.backends.vllm.config import KEY, REMEDY, asked
 from trimtab.backends.vllm.counts import NOTHING, Ints, Names, OpReport, OpReports
-from trimtab.backends.vllm.liveness import end_waits_when_dead
+from trimtab.backends.vllm.liveness import dead, end_waits_when_dead, has_died
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind
 from trimtab.backends.vllm.wire import CaptureSpec, Dose, RequestData, Result
@@ -431,11 +431,16 @@ class Client:
         return data.label
 
     def _raw(self, verb: str, payload: bytes) -> list[bytes]:
+        engine = getattr(self._engine, "llm_engine", self._engine)
+        if has_died(engine):
+            raise dead()
         try:
             return [bytes(one) for one in self._engine.collective_rpc(RPC, args=(verb, payload))]
         except Exception as error:
             if isinstance(error, errors.TrimtabError):
                 raise
+            if has_died(engine):
+                raise dead() from error
             remedy = "start it again"
             if verb == "hello":
                 remedy = "is trimtab installed where its workers run, and does VLLM_PLUGINS, if set, name it?"

@@ -1,7 +1,9 @@
-"""An engine process that dies ends the calls that wait for it: vLLM 0.32's synchronous client would wait for ever."""
+"""An engine that dies ends the calls that wait for it: vLLM 0.32's clients would let some of them wait for ever."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import queue
 import threading
@@ -16,15 +18,32 @@ def end_waits_when_dead(engine: Any) -> None:
     """Watch the processes of an engine from a thread; nothing is watched where the engine runs in this process.
 
     Args:
-        engine: an `LLMEngine`.
+        engine: an `LLMEngine`, or what has the `engine_core` of an `AsyncLLM`.
     """
     core: Any = getattr(engine, "engine_core", None)
     manager: Any = getattr(getattr(core, "resources", None), "engine_manager", None)
-    if not isinstance(getattr(core, "outputs_queue", None), queue.Queue) or not hasattr(manager, "sentinels"):
+    waiting = getattr(core, "outputs_queue", None)
+    if not isinstance(waiting, queue.Queue | asyncio.Queue) or not hasattr(manager, "sentinels"):
         return
     sentinels = [os.dup(one) for one in manager.sentinels()]
     arguments = (sentinels, weakref.ref(core))
     threading.Thread(target=_watch, args=arguments, name="trimtab-engine-liveness", daemon=True).start()
+
+
+def has_died(engine: Any) -> bool:
+    """Whether an engine has lost one of its processes, or was shut down."""
+    core: Any = getattr(engine, "engine_core", None)
+    executor: Any = getattr(getattr(core, "engine_core", None), "model_executor", None)  # of an engine in this process
+    marks = (getattr(core, "resources", None), "engine_dead"), (executor, "is_failed")
+    return any(getattr(holder, name, False) is True for holder, name in marks)
+
+
+def dead() -> BackendError:
+    """Return what a call of an engine that has died ends with."""
+    return BackendError(
+        "the engine has died: one of its processes was killed, ran out of memory or failed, or it was shut down. What "
+        "was not collected is lost; start it again (its log says why, unless the process was killed)"
+    )
 
 
 def _watch(sentinels: list[int], reference: weakref.ref[Any]) -> None:
@@ -34,15 +53,22 @@ def _watch(sentinels: list[int], reference: weakref.ref[Any]) -> None:
     core = reference()
     if core is None:
         return
-    # The mark comes first: calls that begin after it are refused by vLLM's client. One that began before it is the
-    # only one in flight, has put its future here, and takes the one end that is sent.
+    # The mark comes first: calls that begin after it are refused by vLLM's client. One that began before it has put its
+    # future here; a synchronous one that waits for outputs is the only one in flight, and takes the one end that is
+    # sent. Those of an event loop are ended by the shutdown.
     core.resources.engine_dead = True
-    core.outputs_queue.put(_dead())
+    if isinstance(core.outputs_queue, queue.Queue):
+        core.outputs_queue.put(dead())
     for future in list(core.utility_results.values()):
-        if not future.done():
-            future.set_exception(_dead())
+        if isinstance(future, asyncio.Future):
+            with contextlib.suppress(RuntimeError):  # its loop is closed: nobody waits
+                future.get_loop().call_soon_threadsafe(_end, future)
+        else:
+            _end(future)
     core.shutdown()  # vLLM's own monitor leaves this undone when it finds the mark
 
 
-def _dead() -> BackendError:
-    return BackendError("a process of the engine ended without a word: killed, or out of memory")
+def _end(future: Any) -> None:
+    if not future.done():
+        future.set_exception(dead())
+        future.exception()  # looked at: a call that was refused does not wait for it

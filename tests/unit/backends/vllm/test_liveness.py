@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import queue
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from trimtab.backends.vllm.liveness import end_waits_when_dead
+from trimtab.backends.vllm.liveness import end_waits_when_dead, has_died
 from trimtab.errors import BackendError
 
 
@@ -47,7 +48,7 @@ def test_calls_before_and_after_the_death_of_an_engine_all_end() -> None:
         end_waits_when_dead(SimpleNamespace(engine_core=client))
         os.close(client.life)
         for call in (client.call, client.call, client.utility):
-            with pytest.raises(BackendError, match=r"without a word|marked"):
+            with pytest.raises(BackendError, match=r"the engine has died|marked"):
                 call()
         assert client.closed.wait(20)
         assert client.resources.engine_dead
@@ -59,6 +60,28 @@ def test_a_question_under_way_ends_with_the_engine() -> None:
     end_waits_when_dead(SimpleNamespace(engine_core=client))
     os.close(client.life)
     assert isinstance(waiting.exception(20), BackendError)
+
+
+def test_a_question_of_an_event_loop_ends_with_the_engine() -> None:
+    async def ask() -> BaseException | None:
+        client = Client()
+        client.outputs_queue = asyncio.Queue()  # type: ignore[assignment]
+        client.utility_results[0] = waiting = asyncio.get_running_loop().create_future()  # type: ignore[assignment]
+        end_waits_when_dead(SimpleNamespace(engine_core=client))
+        os.close(client.life)
+        await asyncio.wait([waiting], timeout=20)
+        assert await asyncio.to_thread(client.closed.wait, 20)
+        return waiting.exception()
+
+    assert isinstance(asyncio.run(ask()), BackendError)
+
+
+def test_an_engine_has_died_when_its_core_or_a_worker_has() -> None:
+    for marked in (False, True):
+        apart = SimpleNamespace(resources=SimpleNamespace(engine_dead=marked))
+        inside = SimpleNamespace(engine_core=SimpleNamespace(model_executor=SimpleNamespace(is_failed=marked)))
+        assert [has_died(SimpleNamespace(engine_core=one)) for one in (apart, inside)] == [marked, marked]
+    assert not has_died(SimpleNamespace())
 
 
 def test_an_engine_in_this_process_is_not_watched() -> None:

@@ -15,6 +15,7 @@ from trimtab import testbed
 from trimtab._base.optional import require
 from trimtab.backends.vllm.asynchronous import Workers
 from trimtab.backends.vllm.config import DEFAULT_SITES, KEY, PluginConfig, Policy, Storage
+from trimtab.backends.vllm.liveness import dead
 from trimtab.backends.vllm.plugin import check_version, log_as_vllm_does
 from trimtab.backends.vllm.refused import listening
 from trimtab.backends.vllm.server.admin import Admin
@@ -121,7 +122,7 @@ def serve(model: str, config: ServeConfig) -> None:
         PrerequisiteError: vLLM is missing, or of a release that is not tested.
         InputError: options or steering files that cannot be used.
         TrimtabError: what the plugin refuses in the processes of the engine.
-        BackendError: the engine does not start.
+        BackendError: the engine does not start, or dies.
     """
     store = Store(config.steering)
     plugin = config.plugin(store)
@@ -193,11 +194,27 @@ async def _run(args: Any, config: ServeConfig, store: Store) -> None:
             desk = Desk(workers, client, store, Metrics(), max_strength=config.max_strength, when_full=config.when_full)
             await desk.check_stored()
             install(engine, desk)
+            told = _told_to_end(engine)
             with _steered_app(entry, desk, config):
                 ending = await entry.build_and_serve(engine, address, sock, args)
+            died = engine.errored and not told
         await ending
     finally:
         sock.close()
+    if died:
+        raise dead()
+
+
+def _told_to_end(engine: Any) -> list[bool]:
+    """Return a list that has an entry as soon as the engine is shut down: a signal has vLLM's server do so."""
+    told, stock = list[bool](), engine.shutdown
+
+    def shutdown(*given: Any, **more: Any) -> Any:
+        told.append(True)
+        return stock(*given, **more)
+
+    engine.shutdown = shutdown
+    return told
 
 
 @contextlib.contextmanager
