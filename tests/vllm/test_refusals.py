@@ -29,6 +29,7 @@ Which test holds which known failure of systems that steer (stated as what must 
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -140,11 +141,25 @@ def serving(model: str) -> dict[str, Any]:
     return found
 
 
+def left_out(model: str) -> list[str]:
+    """Attach to an engine that has loaded the plugins of VLLM_PLUGINS, which does not name ours."""
+    from vllm import plugins
+
+    os.environ["VLLM_PLUGINS"] = "another"
+    llm = engine.start(model, {"sites": ["layers.*.resid_post"]})
+    found = said(lambda: engine.attached(llm))
+    del llm
+    engine.stop()
+    del os.environ["VLLM_PLUGINS"]
+    plugins.plugins_loaded = False  # so that the next engine of this process loads ours
+    return found
+
+
 def starting(models: dict[str, str]) -> dict[str, Any]:
     """Start engines that cannot steer."""
     import vllm
 
-    found = {}
+    found = {"left out": left_out(models["qwen3"])}
 
     def begin(name: str, model: str, settings: Any = None, **more: Any) -> None:
         found[name] = said(lambda: engine.start(model, settings or {"sites": ["layers.*.resid_post"]}, **more))
@@ -255,6 +270,7 @@ def test_engines_that_cannot_steer_do_not_start(model: str, tmp_path: Path) -> N
     other = GPTJForCausalLM(config)
     other.save_pretrained(tmp_path / "gptj")
     found = engine.call(starting, {"qwen3": model, "gptj": str(tmp_path / "gptj")}, cwd=tmp_path)
+    one_line(found["left out"], "BackendError", "is trimtab installed where its workers run", "VLLM_PLUGINS")
     one_line(found["family"], "BackendError", "GPTJForCausalLM", "Qwen3ForCausalLM", "known")
     one_line(found["site"], "SiteError", "layers.7")
     one_line(found["setting"], "InputError", "max_slots", "max_steering")
