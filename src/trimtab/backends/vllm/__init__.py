@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from trimtab.backends.vllm.asynchronous import AsyncClient, attach_async
 from trimtab.backends.vllm.backend import VLLMBackend
-from trimtab.backends.vllm.client import CapturedRows, Client, Info, Report, attach
+from trimtab.backends.vllm.client import Client, Info, attach
 from trimtab.backends.vllm.counts import OpReport
+from trimtab.backends.vllm.reports import CapturedRows, Report
 
 __all__ = [
     "AsyncClient",

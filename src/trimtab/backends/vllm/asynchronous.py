@@ -8,9 +8,10 @@ from typing import Any
 
 from trimtab import errors
 from trimtab.backends.vllm import wire
-from trimtab.backends.vllm.client import Client, Info, Report, attach
+from trimtab.backends.vllm.client import Client, Info, attach
 from trimtab.backends.vllm.liveness import dead, has_died
 from trimtab.backends.vllm.plugin import RPC
+from trimtab.backends.vllm.reports import Report
 from trimtab.steering import Steering
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from trimtab.backends.base import Capture, EncodedPrompt, Generation, Request, Score, Stop, num_rows
-from trimtab.backends.vllm.client import CapturedRows, Report
 from trimtab.backends.vllm.counts import OpReport
+from trimtab.backends.vllm.reports import CapturedRows, Report
 from trimtab.errors import BackendError, NonFiniteError, NotAppliedError, UnfiredError
 from trimtab.results.runs import DoseSummary
 from trimtab.sites import Site

@@ -12,8 +12,8 @@ import torch
 from trimtab.backends import Capture, Request
 from trimtab.backends.base import EncodedPrompt
 from trimtab.backends.vllm import results
-from trimtab.backends.vllm.client import CapturedRows, Report
 from trimtab.backends.vllm.counts import OpReports
+from trimtab.backends.vllm.reports import CapturedRows, Report
 from trimtab.backends.vllm.results import Job
 from trimtab.errors import BackendError, NonFiniteError, NotAppliedError, UnfiredError
 from trimtab.sites import Site

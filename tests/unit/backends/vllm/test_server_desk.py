@@ -17,8 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trimtab.backends.vllm import wire
-from trimtab.backends.vllm.client import Report
 from trimtab.backends.vllm.counts import OpReport
+from trimtab.backends.vllm.reports import Report
 from trimtab.backends.vllm.server import desk as desks
 from trimtab.backends.vllm.server import engine as engines
 from trimtab.backends.vllm.server.admin import Admin

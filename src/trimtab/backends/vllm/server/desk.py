@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 from trimtab._base.log import get_logger
 from trimtab.backends.vllm import wire
-from trimtab.backends.vllm.client import Client, Report
+from trimtab.backends.vllm.client import Client
 from trimtab.backends.vllm.config import KEY, Policy
+from trimtab.backends.vllm.reports import Report
 from trimtab.backends.vllm.server import doses
 from trimtab.backends.vllm.server.naming import PARAM, read, strengthen
 from trimtab.backends.vllm.server.refusal import Refusal, with_options

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from trimtab.backends.vllm.client import Report
 from trimtab.backends.vllm.counts import OpReport
+from trimtab.backends.vllm.reports import Report
 from trimtab.steering import Positions
 
 
