@@ -634,10 +634,11 @@ def test_a_server_whose_engine_is_killed_answers_everybody_and_ends(narrow: Serv
     counted = 'trimtab_requests_total{steering="calm"}'
     before = narrow.metric(counted)
     deadline = time.monotonic() + DEATH_SECONDS
-    with ThreadPoolExecutor(2) as pool, narrow.complete("calm", stream=True, max_tokens=240) as stream:
+    settings = {"stream": True, "max_tokens": 240, "timeout": DEATH_SECONDS}
+    with ThreadPoolExecutor(2) as pool, narrow.complete("calm", **settings) as stream:
         next(iter(stream))
         core.suspend()  # it takes what comes, and does not answer
-        waiting, registering = pool.submit(narrow.complete, "calm"), pool.submit(fresh)
+        waiting, registering = pool.submit(narrow.complete, "calm", timeout=DEATH_SECONDS), pool.submit(fresh)
         while narrow.metric(counted) < before + 2 or narrow.metric("trimtab_steerings_active") < 2:
             assert time.monotonic() < deadline
         core.kill()
