@@ -10,6 +10,7 @@ import gc
 import random
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -153,9 +154,9 @@ class Asked:
 class Crowd:
     """Keeps some requests in flight, and looks at each that ends."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, **more: Any) -> None:
         settings = {"sites": ["layers.*.resid_post"], "max_steering": SLOTS}
-        more = {"num_gpu_blocks_override": 24, "block_size": 32, "enable_prefix_caching": True}
+        more |= {"num_gpu_blocks_override": 24, "block_size": 32, "enable_prefix_caching": True}
         self.llm = engine.start(model, settings, max_num_batched_tokens=64, **more)
         self.client, self.inner = engine.attached(self.llm), self.llm.llm_engine
         self.draw, self.wrong, self.aborted, self.number = random.Random(0), [], 0, 0
@@ -200,6 +201,8 @@ class Crowd:
             if self.draw.random() < 0.15 and waiting:
                 oldest = min(waiting, key=lambda name: int(name[1:]))  # which is no longer in the queue
                 self.abort(self.draw.choice([oldest, self.draw.choice(sorted(waiting))]), waiting)
+            if not self.inner.has_unfinished_requests():
+                continue  # an engine in another process would be waited for
             for output in self.inner.step():
                 if output.finished:
                     waiting.discard(output.request_id)
@@ -251,32 +254,51 @@ class Crowd:
     def held(self) -> dict[str, Any]:
         engine.generate(self.llm, [[9, 9]], engine.sampling(max_tokens=2))  # a pass that tells who has ended
         gc.collect()
-        (stats,) = self.client.stats()
-        me = psutil.Process()
-        return {
-            "rss": me.memory_info().rss,
+        core = getattr(self.inner.engine_core, "engine_core", None)  # in this process
+        found = {
             "objects": len(gc.get_objects()),
-            "threads": me.num_threads(),
-            "files": me.num_fds(),
-            "shared": sum(one.path.startswith("/dev/shm") for one in me.memory_maps()),
-            "blocks": self.inner.engine_core.engine_core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
-            "admission": stats["admission"] | {"refused": 0},
-            **{
-                key: stats[key] for key in ("active", "tracked", "left", "left_bytes", "recorded_bytes", "buffer_bytes")
-            },
+            "blocks": core and core.scheduler.kv_cache_manager.block_pool.get_num_free_blocks(),
         }
+        for number, one in enumerate(processes()):
+            found |= {
+                f"rss {number}": one.memory_info().rss,
+                f"threads {number}": one.num_threads(),
+                f"files {number}": one.num_fds(),
+                f"shared {number}": len(shared(one)),
+            }
+        names = ("active", "tracked", "left", "left_bytes", "recorded_bytes", "buffer_bytes")
+        for number, stats in enumerate(self.client.stats()):
+            found[f"worker {number}"] = {name: stats[name] for name in names}
+            found[f"worker {number}"]["admission"] = stats["admission"] | {"refused": 0}
+        return found
 
 
-def run(model: str, count: int) -> dict[str, Any]:
-    crowd = Crowd(model)
-    crowd.run(150)
+def processes() -> list[psutil.Process]:
+    """Return this process, and all that an engine started."""
+    me = psutil.Process()
+    return [me, *sorted(me.children(recursive=True), key=lambda one: one.pid)]
+
+
+def shared(process: psutil.Process) -> set[str]:
+    return {one.path for one in process.memory_maps() if one.path.startswith("/dev/shm")}
+
+
+def run(model: str, count: int, warm: int, more: dict[str, Any]) -> dict[str, Any]:
+    """Run requests after others that fill the caches and the pages of shared memory."""
+    crowd = Crowd(model, **more)
+    crowd.run(warm)
     before = crowd.held()
     crowd.run(count)
-    wrong = crowd.wrong[:20]
-    return {"before": before, "after": crowd.held(), "wrong": wrong, "aborted": crowd.aborted, "read": crowd.read}
+    found = {"before": before, "after": crowd.held(), "wrong": crowd.wrong[:20]}
+    found |= {"aborted": crowd.aborted, "read": crowd.read}
+    started = [one for one in processes()[1:] if "resource_tracker" not in " ".join(one.cmdline())]
+    mapped = sorted(set().union(*map(shared, processes())))
+    crowd.inner.engine_core.shutdown()
+    _, running = psutil.wait_procs(started, 60)
+    return found | {"mapped": mapped, "running": [one.pid for one in running]}
 
 
-def check(found: dict[str, Any], count: int) -> None:
+def check(found: dict[str, Any], count: int, processes: int = 1, workers: int = 1) -> None:
     assert found["wrong"] == []
     assert found["aborted"] > count / 50
     read = found["read"]
@@ -286,19 +308,37 @@ def check(found: dict[str, Any], count: int) -> None:
     assert min(read["aborted"], read["cached"]) > count / 100
     assert read["aborted, recorded"] > 0
     before, after = found["before"], found["after"]
-    # stock vLLM grows by some 2 KiB for each of these requests; caches of both fill up, and then no object stays behind
-    grown = (after.pop("rss") - before.pop("rss")) / 2**20
-    assert grown < 24 + count * 5 / 1024, f"{grown:.1f} MiB"
+    for name in [name for name in before if name.startswith("rss ")]:
+        # stock vLLM grows by some 2 KiB for each of these requests; caches of both fill up, and then no object stays
+        grown = (after.pop(name) - before.pop(name)) / 2**20
+        assert grown < 24 + count * 5 / 1024, f"{name}: {grown:.1f} MiB"
     assert after.pop("objects") < before.pop("objects") + 6000
     assert after == before
-    assert (after["active"], after["tracked"], after["left"], after["recorded_bytes"]) == (0, 0, 0, 0)
-    assert after["admission"]["waiting"] == after["admission"]["active"] == 0
+    assert sum(name.startswith("threads ") for name in after) >= processes
+    kept = [after[name] for name in after if name.startswith("worker ")]
+    assert len(kept) == workers
+    for one in kept:
+        assert (one["active"], one["tracked"], one["left"], one["recorded_bytes"]) == (0, 0, 0, 0)
+        assert one["admission"]["waiting"] == one["admission"]["active"] == 0
+    left = [path for path in found["mapped"] if Path(path).exists()]
+    assert found["running"] == []
+    assert [path for path in left if "-cpushm_" not in path] == []  # those vLLM leaves to the machine on the CPU
 
 
 def test_hundreds_of_requests_leave_an_engine_as_they_found_it(tmp_path: Any) -> None:
-    check(engine.call(run, engine.save("qwen3", tmp_path / "model"), 300, cwd=tmp_path), 300)
+    check(engine.call(run, engine.save("qwen3", tmp_path / "model"), 300, 150, {}, cwd=tmp_path), 300)
 
 
 @pytest.mark.full
 def test_ten_thousand_requests_leave_an_engine_as_they_found_it(tmp_path: Any) -> None:
-    check(engine.call(run, engine.save("qwen3", tmp_path / "model"), 10_000, cwd=tmp_path), 10_000)
+    check(engine.call(run, engine.save("qwen3", tmp_path / "model"), 10_000, 150, {}, cwd=tmp_path), 10_000)
+
+
+@pytest.mark.full
+def test_requests_leave_every_process_of_an_engine_as_they_found_it(tmp_path: Any) -> None:
+    """The engine core has a process of its own, and so has each of two workers."""
+    apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_HOST_IP": "127.0.0.1"}
+    model = engine.save("qwen3", tmp_path / "model")
+    found = engine.call(run, model, 1000, 1000, {"tensor_parallel_size": 2}, cwd=tmp_path, **apart)
+    check(found, 1000, processes=4, workers=2)
+    assert found["mapped"]
