@@ -112,8 +112,8 @@ class _Parcel:
         name = f"{dtype_name(rows.dtype)}.{rows.shape[1]}"
         first = self._ends.get(name, 0)
         self._rows.setdefault(name, []).append(rows)
-        self._ends[name] = first + len(rows)
-        return name, first, first + len(rows)
+        self._ends[name] = end = first + rows.shape[0]
+        return name, first, end
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, and let go of what they were made of."""
@@ -129,7 +129,7 @@ def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
     document = {
         "results": results,
         "ops": list(parcel.ops),
-        "pairs": [[(str(site), op) for site, op in pairs] for pairs in parcel.pairs],
+        "pairs": list(parcel.pairs),
         "positions": [runs for _, runs in parcel.positions.values()],
         "tp_rank": worker.tp_rank,
         "pp_rank": worker.pp_rank,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.backends.vllm.bound import Bound
 from trimtab.backends.vllm.counts import Counted
-from trimtab.backends.vllm.step import Ints, Measured, Span, Step
+from trimtab.backends.vllm.step import Ints, Measured, Step
 from trimtab.sites import Site
 
 COLUMNS = ("p_before", "p_after", "cap_delta", "clamped", "ratio")
@@ -22,8 +22,8 @@ LOGITS = Site.parse("logits")
 _MAX_PASSES = 64
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
-Ops = tuple[tuple[Site, int], ...]
-"""Site, and number of the op there."""
+Ops = tuple[tuple[str, int], ...]
+"""Name of the site, and number of the op there: texts keep their hash, and these are looked up for every request."""
 
 
 class Doses(NamedTuple):
@@ -34,6 +34,10 @@ class Doses(NamedTuple):
     """int64 [m]."""
     values: Floats
     """[ops, m, 5]."""
+
+    def at(self, chosen: Ints) -> Doses:
+        """Return what they did at some of the rows, bool [m]."""
+        return Doses(self.ops, self.positions[chosen], self.values[:, chosen])
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +63,8 @@ class DoseRecorder:
 
     def __init__(self, sites: Iterable[Site], max_rows: int, ops_per_site: int, device: torch.device) -> None:
         listed = sorted(sites, key=lambda site: site == LOGITS)
-        self._number = {site: number for number, site in enumerate(listed)}
-        self._inner = len(listed) - (LOGITS in self._number)
+        self._number = {str(site): number for number, site in enumerate(listed)}
+        self._inner = len(listed) - (LOGITS in listed)
         self._buffer = torch.empty(
             (len(listed), max_rows, ops_per_site, len(COLUMNS)), dtype=torch.float32, device=device
         )
@@ -71,7 +75,7 @@ class DoseRecorder:
 
     def buffer(self, site: Site) -> Tensor:
         """Return what a bank fills for the rows that an op selects: float32 [max_rows, ops, 5]."""
-        return self._buffer[self._number[site]]
+        return self._buffer[self._number[str(site)]]
 
     @property
     def nbytes(self) -> int:
@@ -99,6 +103,8 @@ class DoseRecorder:
             measured, logits = run[0].measured, run[0].logits
             first = self._inner if logits else 0
             shifts = np.array([one.shift for one in run])
+            selected = ~np.isnan(measured.gain)
+            whole = [bool(column.all()) for column in selected.T]
             values = np.stack([one.values for one in run])  # [passes, sites, rows, ops, 5]
             picked: dict[Ops, Floats] = {}  # [ops, passes, rows, 5]; requests whose ops are at the same places share it
             row = 0
@@ -110,8 +116,15 @@ class DoseRecorder:
                     if ops not in picked:
                         sites, numbers = zip(*((self._number[site] - first, op) for site, op in ops), strict=True)
                         picked[ops] = values[:, sites, :, numbers]
-                made = _doses(span, measured.gain[rows], shifts, rows, listed, picked)
-                self._kept.setdefault(span.bound.req_id, []).extend(made)
+                positions = (np.arange(span.start, span.start + span.count) + shifts[:, None]).ravel()
+                kept = self._kept.setdefault(span.bound.req_id, [])
+                for key, ops in listed.items():
+                    own = np.array(picked[ops][:, :, rows], order="C")  # a view would keep what the whole batch did
+                    made = Doses(ops, positions, own.reshape(len(ops), -1, len(COLUMNS)))
+                    if whole[key]:
+                        kept.append(made)
+                    elif selected[rows, key].any():
+                        kept.append(made.at(np.tile(selected[rows, key], len(shifts))))
 
     def _ops(self, one: Bound, *, logits: bool) -> dict[int, Ops]:
         """Return the ops of a request at the logits, or at all other sites, by the key that selects their rows."""
@@ -119,11 +132,12 @@ class DoseRecorder:
             return {}
         found = self._listed.get(one.counted_ops)
         if found is None:
-            listed: tuple[dict[int, list[tuple[Site, int]]], ...] = ({}, {})
+            listed: tuple[dict[int, list[tuple[str, int]]], ...] = ({}, {})
             for site, program in one.program.items():
-                if site in self._number:
+                name = str(site)
+                if name in self._number:
                     for op, step in enumerate(program.steps):
-                        listed[site == LOGITS].setdefault(one.keys[step.key], []).append((site, op))
+                        listed[site == LOGITS].setdefault(one.keys[step.key], []).append((name, op))
             inner, outer = ({key: tuple(ops) for key, ops in part.items()} for part in listed)
             found = self._listed[one.counted_ops] = (inner, outer)
         return found[logits]
@@ -135,24 +149,6 @@ class DoseRecorder:
         for part in self._kept.pop(req_id, ()):
             found.setdefault(part.ops, []).append(part)
         return [_joined(parts) for parts in found.values()]
-
-
-def _doses(
-    span: Span, gain: Ints, shifts: Ints, rows: slice, listed: dict[int, Ops], picked: dict[Ops, Floats]
-) -> Iterator[Doses]:
-    """Yield what the ops of one request did, those that select by the same key together."""
-    positions = (np.arange(span.start, span.start + span.count) + shifts[:, None]).ravel()
-    for key, ops in listed.items():
-        chosen = ~np.isnan(gain[:, key])
-        if not chosen.any():
-            continue
-        own = np.array(picked[ops][:, :, rows], order="C")  # a copy: a view would keep what the whole batch did
-        mine = own.reshape(len(ops), -1, len(COLUMNS))
-        if chosen.all():
-            yield Doses(ops, positions, mine)
-        else:
-            where = np.tile(chosen, len(shifts))
-            yield Doses(ops, positions[where], mine[:, where])
 
 
 def _joined(parts: Sequence[Doses]) -> Doses:
