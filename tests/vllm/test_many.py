@@ -180,11 +180,10 @@ class Crowd:
         if chosen is None and not recorded and forced is None:
             params: Any = engine.sampling(**settings)
         else:
+            if recorded:
+                settings |= {"sites": list(map(str, SITES)), "edit": STATES, "reduce": "mean" if reduced else ""}
             params = self.client.params(
                 None if chosen is None else POOLED[chosen],
-                sites=list(map(str, SITES)) if recorded else [],
-                edit=STATES,
-                reduce="mean" if reduced else "",
                 forced=forced,
                 dose="full" if full and chosen is not None else "counts",
                 **settings,

@@ -21,6 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 import torch
@@ -621,7 +622,6 @@ def report_rows(server: Server, prompt: str) -> int:
 
 def test_a_server_whose_engine_is_killed_answers_everybody_and_ends(narrow: Server) -> None:
     """The last test of its server: three requests are under way, more come, and the process says why it ends."""
-    import httpx
     import openai
 
     def fresh() -> tuple[int, str]:
