@@ -9,7 +9,7 @@ from typing import Any
 from trimtab import errors
 from trimtab.backends.vllm import wire
 from trimtab.backends.vllm.client import Client, Info, attach
-from trimtab.backends.vllm.liveness import dead, has_died
+from trimtab.backends.vllm.liveness import unanswered
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.backends.vllm.reports import Report
 from trimtab.steering import Steering
@@ -31,12 +31,10 @@ class Workers:
         """
         try:
             raw = await self._all(RPC, (verb, payload))
+        except errors.TrimtabError:
+            raise
         except Exception as error:
-            if isinstance(error, errors.TrimtabError):
-                raise
-            if has_died(self):
-                raise dead() from error
-            raise errors.BackendError(f"the engine did not answer {verb}: {error}") from error
+            raise unanswered(self, verb, error) from error
         answers: list[dict[str, Any]] = [wire.from_bytes(bytes(one)) for one in raw]
         for one in answers:
             if "error" in one:

@@ -18,7 +18,7 @@ from trimtab import errors
 from trimtab.backends.vllm import wire
 from trimtab.backends.vllm.answers import COUNTS
 from trimtab.backends.vllm.config import KEY, REMEDY, asked
-from trimtab.backends.vllm.liveness import dead, end_waits_when_dead, has_died
+from trimtab.backends.vllm.liveness import dead, end_waits_when_dead, has_died, unanswered
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind
 from trimtab.backends.vllm.reports import Merge, Report
@@ -397,15 +397,13 @@ class Client:
             raise dead()
         try:
             return [bytes(one) for one in self._engine.collective_rpc(RPC, args=(verb, payload))]
+        except errors.TrimtabError:
+            raise
         except Exception as error:
-            if isinstance(error, errors.TrimtabError):
-                raise
-            if has_died(engine):
-                raise dead() from error
             remedy = "start it again"
             if verb == "hello":
                 remedy = "is trimtab installed where its workers run, and does VLLM_PLUGINS, if set, name it?"
-            raise BackendError(f"the engine did not answer {verb}: {error}; {remedy}") from error
+            raise unanswered(engine, verb, error, remedy) from error
 
     def _ask(self, verb: str, payload: bytes = b"") -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [wire.from_bytes(one) for one in self._raw(verb, payload)]

@@ -46,6 +46,13 @@ def dead() -> BackendError:
     )
 
 
+def unanswered(engine: Any, verb: str, error: Exception, remedy: str = "") -> BackendError:
+    """Return what a call ends with whose question an engine did not answer."""
+    if has_died(engine):
+        return dead()
+    return BackendError(f"the engine did not answer {verb}: {error}{remedy and f'; {remedy}'}")
+
+
 def _watch(sentinels: list[int], reference: weakref.ref[Any]) -> None:
     connection.wait(sentinels)
     for one in sentinels:

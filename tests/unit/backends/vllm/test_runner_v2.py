@@ -242,8 +242,8 @@ def test_every_row_of_a_random_schedule_is_that_of_its_request(second: Any, seed
         if one.whole and one.steering is not None:
             measured = {site: part.positions.tolist() for part in left.full for site, _ in part.ops}
             chosen = one.chosen(count).nonzero()[:, 0].tolist()
-            assert measured.get(POST, []) == chosen
-            assert measured.get(LOGITS, []) == [place for place in chosen if place >= len(one.prompt) - 1]
+            assert measured.get(str(POST), []) == chosen
+            assert measured.get(str(LOGITS), []) == [place for place in chosen if place >= len(one.prompt) - 1]
         rows_steered = {"layers.0.resid_post": one.chosen(count), "logits": one.chosen(count)[len(one.prompt) - 1 :]}
         assert [dose.rows for dose in left.doses] == [int(rows_steered[dose.site].sum()) for dose in left.doses]
 
