@@ -120,33 +120,38 @@ def test_both_kernels_agree_to_the_bit(step):
 
 @compiled
 @pytest.mark.parametrize("math", ["float32", "bfloat16", "model"])
-@pytest.mark.parametrize("width", [32, 40, 64, 128, 512])
+@pytest.mark.parametrize("width", [32, 33, 40, 64, 128, 512])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_vector_and_a_projection_are_the_same_in_both_kernels(dtype, width, math):
     generator = torch.Generator().manual_seed(width)
     u, v, x, residual = torch.randn(4, 12, width, generator=generator)
     add, cap, ablate = Add(v[0], 0.3, math=math), Cap(u[0], -0.5, 0.5, math=math), Ablate(u[1], 0.0, math=math)
     everything = [[add], [cap], [ablate], [add, cap], [add, ablate], [cap, add], [add, add, cap], [add, cap, ablate]]
+    gain = torch.ones(12, 2)
+    gain[5, 0] = gain[7, 1] = float("nan")
     rows = StepRows(
         12,
         torch.arange(12, dtype=torch.int32) % 4,
         torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32),
-        torch.ones(12, 2),
+        gain,
         torch.arange(12),
     )
     x = x.to(dtype)
     x[:6, ::3] = -0.0
     x[9], x[10, 0] = torch.finfo(dtype).max, float("inf")
-    for ops, stream in itertools.product(everything, (None, residual.to(dtype))):
+    for ops, stream, full in itertools.product(everything, (None, residual.to(dtype)), (False, True)):
         results = []
         for kernel in ("auto", "torch"):
             made = bank(kernel, width, dtype, [program(ops, width)])
-            got = x.clone()
-            made.apply_(got, stream, rows)
-            results.append((got, made.counts))
-        assert torch.equal(bits(results[0][0]), bits(results[1][0]))
-        assert torch.equal(results[0][1], results[1][1])
-        assert not torch.equal(bits(results[0][0]), bits(x))
+            got, dose = x.clone(), torch.full((12, 3, 5), -7.0)
+            made.apply_(got, stream, rows, dose if full else None)
+            results.append((got, made.counts, dose.nan_to_num(-9.0)))
+        (a, counts_a, dose_a), (b, counts_b, dose_b) = results
+        assert torch.equal(bits(a), bits(b))
+        assert torch.equal(counts_a, counts_b)
+        assert torch.equal(dose_a, dose_b)
+        assert not torch.equal(bits(a), bits(x))
+        assert full == bool((dose_a != -7.0).any())
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])

@@ -15,6 +15,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -115,12 +116,9 @@ inline float fold(const float* __restrict t) {
 
 constexpr int64_t LANES = 16;
 
-// Sum of term(0..n-1) by halves; `t` is room for n / 2 + 1 floats.
-template <class Term>
-inline float sum(int64_t n, float* __restrict t, const Term& term) {
-  int64_t h = (n + 1) / 2;
-  if (n % (2 * LANES) == 0) {  // whole vectors
-    for (int64_t i = 0; i < h; ++i) t[i] = term(i) + term(i + h);
+// Sum of t[0..h-1] by halves; inlined, it leaves too few registers to its callers.
+[[gnu::noinline]] float halved(int64_t h, float* __restrict t) {
+  if (h % LANES == 0) {  // whole vectors
     while (h > 4 * LANES && h % (2 * LANES) == 0) {
       h /= 2;
       const float* __restrict upper = t + h;
@@ -129,9 +127,6 @@ inline float sum(int64_t n, float* __restrict t, const Term& term) {
     if (h == 4 * LANES) return fold<2 * LANES>(t);
     if (h == 2 * LANES) return fold<LANES>(t);
     if (h == LANES) return fold<LANES / 2>(t);
-  } else {
-    for (int64_t i = 0; i < n - h; ++i) t[i] = term(i) + term(i + h);
-    if (n - h < h) t[h - 1] = term(h - 1);
   }
   for (int64_t m = h; m > 1; m = h) {
     h = (m + 1) / 2;
@@ -139,6 +134,35 @@ inline float sum(int64_t n, float* __restrict t, const Term& term) {
     for (int64_t i = 0; i < m - h; ++i) t[i] += upper[i];
   }
   return t[0];
+}
+
+// Sum of term(0..n-1) by halves; `t` is room for n / 2 + 1 floats.
+template <class Term>
+inline float sum(int64_t n, float* __restrict t, const Term& term) {
+  const int64_t h = (n + 1) / 2;
+  if (n % (2 * LANES) == 0) {
+    for (int64_t i = 0; i < h; ++i) t[i] = term(i) + term(i + h);
+  } else {
+    for (int64_t i = 0; i < n - h; ++i) t[i] = term(i) + term(i + h);
+    if (n - h < h) t[h - 1] = term(h - 1);
+  }
+  return halved(h, t);
+}
+
+// Several such sums in one walk; `t` has room for each of them, one after another.
+template <class... Term>
+inline std::array<float, sizeof...(Term)> sums(int64_t n, float* __restrict t, const Term&... term) {
+  const int64_t h = (n + 1) / 2;
+#pragma GCC ivdep  // the rooms do not overlap: without it such loops are not vectorised
+  for (int64_t i = 0; i < n - h; ++i) {
+    int64_t at = i;
+    ((t[at] = term(i) + term(i + h), at += h), ...);
+  }
+  int64_t at = h - 1;
+  if (n - h < h) ((t[at] = term(h - 1), at += h), ...);
+  std::array<float, sizeof...(Term)> found;
+  for (float& one : found) { one = halved(h, t); t += h; }
+  return found;
 }
 
 inline float dot(const float* __restrict a, const float* __restrict b, int64_t n, float* t) {
@@ -182,10 +206,11 @@ struct Scratch {
   float *old, *state, *seen, *total, *change, *t, *first, *u;
   void fit(int64_t width, int64_t each) {
     const int64_t w = (width + 31) / 16 * 16;
-    held.resize(w * (6 + 2 * each) + LANES);
+    held.resize(w * (8 + 2 * each) + LANES);
     const auto past = reinterpret_cast<uintptr_t>(held.data()) % (LANES * sizeof(float));
     float* p = held.data() + (past ? LANES - past / sizeof(float) : 0);  // vectors lie in one cache line each
-    for (float** one : {&old, &state, &seen, &total, &change, &t, &u}) { *one = p; p += w; }
+    for (float** one : {&old, &state, &seen, &total, &change, &t}) { *one = p; p += w; }
+    u = p + 2 * w;  // several sums at once need more of t
     first = u + w * each;
   }
 };
@@ -299,15 +324,9 @@ inline float along(const Meta& m, const Param& a, const float* u, const float* s
   return size(p, m.count);
 }
 
-// The full dose of an op but for what depends on the state after it.
-inline void measure(float* out, const Meta& m, const Param& a, const Effect& effect, const float* u, const Scratch& s,
-                    int64_t w) {
-  const bool projects = m.kind == LINEAR || m.kind == BOUNDS;
-  const float ratio = norm(effect.c, w, s.t) / norm(s.state, w, s.t);
-  out[0] = projects ? effect.before : along(m, a, u, s.state, w, s.t);
-  out[2] = effect.adjustment;
-  out[3] = effect.clamped;
-  out[4] = std::isnan(ratio) ? 0.0f : ratio;
+// The full dose of an op at a row; doses.py names the columns.
+inline void put(float* out, float before, float after, float delta, bool clamped, float ratio) {
+  out[0] = before, out[1] = after, out[2] = delta, out[3] = clamped, out[4] = std::isnan(ratio) ? 0.0f : ratio;
 }
 
 // Elements that the correction took out of the range go back to its edge. Returns whether there was one.
@@ -373,12 +392,36 @@ inline bool added_as_it_is(const Meta& m, const Param& a, float gain) {
 
 inline void count(int64_t* at) { __atomic_fetch_add(at, int64_t(1), __ATOMIC_RELAXED); }
 
+// One op of steer_simply: its direction (none: no such op), its parameters and where its full dose goes.
+struct Done { const float* u = nullptr; const Param* param = nullptr; float* dose = nullptr; };
+
+// The full doses of a vector that is added to `state`, a function of the element, and of a projection that is moved then.
+template <class State>
+void measure(const State& state, int64_t w, const Done& added, const Done& moved, float weight, bool clamped, float* t) {
+  const float *v = added.u, *u = moved.u;
+  if (v) {
+    const auto [before, after, seen, own] =
+        sums(w, t, [=](int64_t i) { return state(i) * v[i]; }, [=](int64_t i) { return (state(i) + v[i]) * v[i]; },
+             [=](int64_t i) { return state(i) * state(i); }, [=](int64_t i) { return v[i] * v[i]; });
+    const float inverse = added.param->inverse;
+    put(added.dose, before * inverse, after * inverse, 0, false, std::sqrt(own) / std::sqrt(seen));
+  }
+  const auto move = [&](const auto& from) {
+    const auto [before, after, seen, own] =
+        sums(w, t, [=](int64_t i) { return from(i) * u[i]; }, [=](int64_t i) { return (from(i) + weight * u[i]) * u[i]; },
+             [=](int64_t i) { return from(i) * from(i); }, [=](int64_t i) { return weight * u[i] * (weight * u[i]); });
+    put(moved.dose, before, after * moved.param->inverse, weight, clamped, std::sqrt(own) / std::sqrt(seen));
+  };
+  if (u && v) move([=](int64_t i) { return state(i) + v[i]; });
+  else if (u) move(state);
+}
+
 // What most programs do at a row, all of it in float32: a vector is added as it is, or one projection is moved, or first
 // the one and then the other. Nothing is kept between the ops; every number is that of the loop in steer_row. Returns
 // false, nothing done, where the program is another one.
 template <class T>
 bool steer_simply(const Bank& b, int64_t slot, const float* gain, int64_t* counts, typename T::type* x,
-                  const typename T::type* r, Scratch& s) {
+                  const typename T::type* r, float* dose, Scratch& s) {
   const Meta* meta = b.meta + slot * b.ops;
   const Param* param = b.param + slot * b.ops;
   int64_t vector = -1, moved = -1;
@@ -405,6 +448,13 @@ bool steer_simply(const Bank& b, int64_t slot, const float* gain, int64_t* count
     if (meta[moved].clamps && weight != 0) count(counts + moved * 3 + 1);
   }
   if (v) count(counts + vector * 3);
+  if (dose) {
+    const auto done = [&](int64_t j, const float* own) { return own ? Done{own, param + j, dose + j * 5} : Done{}; };
+    const Done first = done(vector, v), second = done(moved, u);
+    const bool clamped = u && meta[moved].clamps && weight != 0;
+    if (r) measure([=](int64_t i) { return T::load(r[i]) + T::load(x[i]); }, w, first, second, weight, clamped, s.t);
+    else measure([=](int64_t i) { return T::load(x[i]); }, w, first, second, weight, clamped, s.t);
+  }
   auto* old = reinterpret_cast<typename T::type*>(s.old);
   bool made = false;
   if (weight == 0) made = v && finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return v[i]; });
@@ -423,7 +473,7 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
   const Param* param = b.param + slot * b.ops;
   const float* gain = b.gain + row * b.keys;
   int64_t* counts = b.counts + owner * b.ops * 3;
-  if (!dose && steer_simply<T>(b, slot, gain, counts, x, r, s)) return;
+  if (steer_simply<T>(b, slot, gain, counts, x, r, dose, s)) return;
   const float *total = nullptr, *last = nullptr;  // float32 corrections: the sum of the last two is made in `finish`
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
     const Meta& m = meta[j];
@@ -461,14 +511,18 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
     count(counts + j * 3);
     if (effect.clamped) count(counts + j * 3 + 1);
     float* out = dose ? dose + j * 5 : nullptr;
-    if (out) measure(out, m, param[j], effect, u, s, w);
+    float before = effect.before, ratio = 0;
+    if (out) {
+      if (m.kind == STATIC || m.kind == NORM) before = along(m, param[j], u, s.state, w, s.t);
+      ratio = norm(effect.c, w, s.t) / norm(s.state, w, s.t);
+    }
     with_dtype(m.state, [&](auto state) {
       using S = decltype(state);
       if (more || out) for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(s.state[i] + effect.c[i]);
       if (total && !more && std::is_same_v<S, F32>) last = effect.c;
       else if (total) for (int64_t i = 0; i < w; ++i) s.total[i] = S::round(total[i] + effect.c[i]);
     });
-    if (out) out[1] = along(m, param[j], u, s.state, w, s.t);
+    if (out) put(out, before, along(m, param[j], u, s.state, w, s.t), effect.adjustment, effect.clamped, ratio);
     if (!total) total = effect.c;
     else if (!last) total = s.total;
   }
