@@ -2,19 +2,17 @@
 
 Two models, bfloat16, on the CPU with one thread: the embedded one (6 blocks, width 128: a decode step of about two
 milliseconds, so that overheads show) and one of the shape of Qwen3-0.6B with random weights. For each there are three
-engines in processes of their own, two stock and one with steering at every layer, that take turns; the embedded model
-has three more without compilation. Batches are 16 requests (256 where stated), greedy, without an end token, and each
-has random prompts that no engine saw before, so that no prefix cache helps one side. A steering adds a vector and caps
-a projection at every layer, at every row.
+engines in processes of their own, two stock and one with steering at every layer; the embedded model has three more
+without compilation. Batches are 16 requests (256 where stated), greedy, without an end token, and each has random
+prompts that no engine saw before, so that no prefix cache helps one side. A steering adds a vector and caps a
+projection at every layer, at every row.
 
-The figure is the CPU seconds of the engine's process over those of stock, minus 1. Everything a user pays for is in it:
-`client.params` of every request, `LLM.generate`, `client.collect`; the counts of what every op did are always on.
-
-What else runs on a shared machine only ever adds time, up to three quarters of it for a second at a time; so a case is
-the fastest of its rounds over the fastest of as many stock batches, each run right before one of its own. And two
-processes of the same program differ by several percent for as long as they live; so processes are what is sampled: one
-sample per set of three. The A/A control is the second stock engine in the place of the one that steers. (256 steerings
-over 16 is a comparison within the steered process, and so is its control.) Wall time stands in the notes.
+A sample is the CPU seconds that a batch takes in its engine's process over those of a batch of the first stock engine,
+minus 1: both run by turns, step by step, on one core (see _vllm_engine.py), each with its own requests. Everything a
+user pays for is in it: `client.params` of every request, `LLM.generate`, `client.collect`; the counts of what every op
+did are always on. The A/A control is the second stock engine in the place of the one that steers. Several sets of
+processes are sampled; their medians stand in the notes, and so does wall time. 256 steerings over 16 is the quotient of
+two such ratios of one round.
 
 Stock requests are `SamplingParams` as users write them, which vLLM copies deeply; those of `client.params` carry
 `skip_clone`, like the requests of vLLM's own server.
@@ -25,16 +23,16 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from _claims import Measured, main
-from _vllm_engine import Batch, Engine
+from _vllm_engine import Batch, Engine, together
 
 QUICK_SECONDS = 180
-SETS = {"testbed": 9, "eager": 5, "qwen": 5}
+SETS = {"testbed": 4, "eager": 3, "qwen": 3}
 """Sets of processes."""
 CONTROL = "control"
 LAYER = "layers.3.resid_post"
@@ -62,33 +60,44 @@ class Case(NamedTuple):
 
 
 @dataclass(slots=True)
-class Rounds:
-    """Seconds of the rounds of one case in one set of processes, {"cpu", "wall"} each."""
-
-    stock: list[dict[str, float]] = field(default_factory=list)
-    took: list[dict[str, float]] = field(default_factory=list)
-
-    def ratio(self, clock: str) -> float:
-        return min(one[clock] for one in self.took) / min(one[clock] for one in self.stock) - 1
-
-
-@dataclass(slots=True)
 class Samples:
-    """Ratios minus 1 of one case, one of every set of processes."""
+    """Ratios minus 1 of one case, a list for every set of processes."""
 
-    cpu: list[float] = field(default_factory=list)
-    wall: list[float] = field(default_factory=list)
+    cpu: list[list[float]] = field(default_factory=list)
+    wall: list[list[float]] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     """CPU seconds of the baseline."""
 
-    def add(self, rounds: Rounds) -> None:
-        self.cpu.append(rounds.ratio("cpu"))
-        self.wall.append(rounds.ratio("wall"))
-        self.seconds.append(min(one["cpu"] for one in rounds.stock))
+    def begin(self) -> None:
+        """Begin a set of processes."""
+        self.cpu.append([])
+        self.wall.append([])
+
+    def add(self, stock: dict[str, float], took: dict[str, float]) -> None:
+        """Add a round."""
+        self.cpu[-1].append(took["cpu"] / stock["cpu"] - 1)
+        self.wall[-1].append(took["wall"] / stock["wall"] - 1)
+        self.seconds.append(stock["cpu"])
+
+    def over(self, other: Samples) -> Samples:
+        """Return how much more this case takes than another one of the same rounds."""
+
+        def ratios(own: list[list[float]], others: list[list[float]]) -> list[list[float]]:
+            rounds = (zip(*both, strict=True) for both in zip(own, others, strict=True))
+            return [[(1 + a) / (1 + b) - 1 for a, b in one] for one in rounds]
+
+        return Samples(ratios(self.cpu, other.cpu), ratios(self.wall, other.wall), self.seconds)
 
     def measured(self, name: str, control: Samples) -> Measured:
-        notes = {"wall": statistics.median(self.wall), "baseline_cpu_seconds": statistics.median(self.seconds)}
-        return Measured(name=name, samples=self.cpu, control=control.cpu, notes=notes)
+        medians = " ".join(f"{statistics.median(one):.4f}" for one in self.cpu)
+        wall = statistics.median(itertools.chain(*self.wall))
+        notes = {"sets": medians, "wall": wall, "baseline_cpu_seconds": statistics.median(self.seconds)}
+        mine, others = list(itertools.chain(*self.cpu)), list(itertools.chain(*control.cpu))
+        return Measured(name=name, samples=mine, control=others, notes=notes)
+
+
+Found = dict[str, Samples]
+"""By the name of the case; the control is among them."""
 
 
 @contextmanager
@@ -104,81 +113,71 @@ def engines(model: str, *, eager: bool = False) -> Iterator[tuple[Engine, Engine
             one.close()
 
 
-def compare(
-    baseline: Engine, base: Batch, listed: dict[str, Case], *, rounds: int, deadline: float
-) -> dict[str, Rounds]:
-    """Run every case right after a batch of the baseline, `rounds` times, in turning order."""
-    found = {name: Rounds() for name in listed}
-
-    def run(engine: Engine, batch: Batch) -> dict[str, Any]:
-        return engine.run(replace(batch, number=next(_numbers)))
-
-    for engine, batch in (Case(baseline, base), *listed.values()):
-        run(engine, batch)  # warm up
+def compare(found: Found, stock: Engine, base: Batch, listed: dict[str, Case], rounds: int, deadline: float) -> None:
+    """Run every case beside a batch of the first stock engine, `rounds` times, in turning order."""
+    for name, (engine, batch) in listed.items():
+        found.setdefault(name, Samples()).begin()
+        for one in ((stock, base), (engine, batch)):
+            together(one)  # warm up
     for number in range(rounds):
         if time.perf_counter() > deadline and number > 2:
             break
         for name in list(listed)[:: -1 if number % 2 else 1]:
-            found[name].stock.append(run(baseline, base))
-            found[name].took.append(run(*listed[name]))
-    return found
+            engine, batch = listed[name]
+            pair = [(stock, replace(base, number=next(_numbers))), (engine, replace(batch, number=next(_numbers)))]
+            order = slice(None, None, -1 if number % 2 else 1)
+            baseline, took = together(*pair[order])[order]
+            found[name].add(baseline, took)
 
 
-Groups = list[dict[str, Rounds]]
-"""Cases that share a control, which is among them."""
-
-
-def testbed(rounds: int, deadline: float) -> Groups:
-    base, large = Batch(), Batch(count=256)
-    few, many = replace(large, steerings=16), replace(large, steerings=256)
+def testbed(usual: Found, large: Found, deadline: float) -> None:
+    base, many = Batch(), Batch(count=256)
     with engines("testbed") as (stock, other, steered):
-        usual = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
-        distinct = {CONTROL: Case(other, large), "256_steerings": Case(steered, many)}
-        same = {CONTROL: Case(steered, few), "256_over_16_steerings": Case(steered, many)}
-        return [
-            compare(stock, base, usual, rounds=rounds, deadline=deadline),
-            compare(stock, large, distinct, rounds=2, deadline=deadline),
-            compare(steered, few, same, rounds=2, deadline=deadline),
-        ]
+        listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
+        compare(usual, stock, base, listed, 10, deadline)
+        listed = {CONTROL: Case(other, many)} | {
+            f"{count}_steerings": Case(steered, replace(many, steerings=count)) for count in (16, 256)
+        }
+        compare(large, stock, many, listed, 3, deadline)
 
 
-def eager(rounds: int, deadline: float) -> Groups:
+def eager(found: Found, deadline: float) -> None:
     base = Batch()
     with engines("testbed", eager=True) as (stock, other, steered):
         listed = {"eager_16_steerings": Case(steered, replace(base, steerings=16)), CONTROL: Case(other, base)}
-        return [compare(stock, base, listed, rounds=rounds, deadline=deadline)]
+        compare(found, stock, base, listed, 6, deadline)
 
 
-def qwen(rounds: int, deadline: float) -> Groups:
+def qwen(found: Found, deadline: float) -> None:
     base = Batch(prompt=16, new=8)
     with engines("qwen") as (stock, other, steered):
         listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
-        return [compare(stock, base, listed, rounds=rounds, deadline=deadline)]
+        compare(found, stock, base, listed, 4, deadline)
 
 
-def sampled(model: str, sets: int, run: Callable[[], Groups]) -> Iterator[Measured]:
-    """Measure with several sets of processes."""
-    found: list[dict[str, Samples]] = []
-    for _ in range(sets):
-        groups = run()
-        found = found or [{name: Samples() for name in group} for group in groups]
-        for group, others in zip(found, groups, strict=True):
-            for name, samples in group.items():
-                samples.add(others[name])
-    for group in found:
-        control = group.pop(CONTROL)
-        for name, samples in group.items():
-            yield samples.measured(f"vllm_{model}_{name}", control)
+def measured(model: str, found: Found) -> Iterator[Measured]:
+    control = found.pop(CONTROL)
+    for name, samples in found.items():
+        yield samples.measured(f"vllm_{model}_{name}", control)
 
 
 def measure(quick: bool) -> Iterator[Measured]:
     end = time.perf_counter() + QUICK_SECONDS if quick else float("inf")
     sets = dict.fromkeys(SETS, 1) if quick else SETS
-    yield from sampled("testbed", sets["testbed"], lambda: testbed(8, end))
-    if time.perf_counter() < end - 60:
-        yield from sampled("testbed", sets["eager"], lambda: eager(6, end))
-    if time.perf_counter() < end - 120:
-        yield from sampled("qwen", sets["qwen"], lambda: qwen(2, end))
+    usual: Found = {}
+    large: Found = {}
+    for _ in range(sets["testbed"]):
+        testbed(usual, large, end)
+    yield from measured("testbed", usual)
+    few = large.pop("16_steerings")
+    yield large["256_steerings"].over(few).measured("vllm_testbed_256_over_16_steerings", large[CONTROL])
+    yield from measured("testbed", large)
+    for model, run, seconds in (("testbed", eager, 60), ("qwen", qwen, 120)):
+        found: Found = {}
+        if time.perf_counter() < end - seconds:
+            for _ in range(sets[run.__name__]):
+                run(found, end)
+            yield from measured(model, found)
 
 
 if __name__ == "__main__":
