@@ -274,8 +274,25 @@ class WorkerState:
     ) -> None:
         """Fill the tables for a forward pass, and begin the stream: what is embedded, or what another stage sent."""
         self.step.begin(self.bound, ids, starts, computed, token_ids)
-        if not self.step.active:
-            return
+        if self.step.active:
+            self._begin_stream(token_ids, embeds, intermediate)
+
+    def goes_on(
+        self,
+        ids: Sequence[str | None],
+        rows: int,
+        computed: int,
+        token_ids: Tensor | None,
+        embeds: Tensor | None,
+        intermediate: Any,
+    ) -> bool:
+        """Begin a pass as `begin` does, in less time, if it is the one before with one more row of each request."""
+        again = self.step.goes_on(ids, rows, computed)
+        if again and self.step.active:
+            self._begin_stream(token_ids, embeds, intermediate)
+        return again
+
+    def _begin_stream(self, token_ids: Tensor | None, embeds: Tensor | None, intermediate: Any) -> None:
         if self.residual is not None and self.embed is not None:
             self._embed(token_ids, embeds)
         if self.residual is not None and self.map.first_layer_has_residual and intermediate is not None:

@@ -219,19 +219,31 @@ class Step:
             computed: rows of each request that were computed before: the position of its first row here.
             token_ids: ids of the rows, for selections that name tokens.
         """
-        total, count = starts.item(-1), len(req_ids)
-        if self._steady and total == count and self._batch == req_ids:
-            self.shift += 1
-            if sum(computed.tolist()) == self._computed + self.shift * count:
-                self._ahead += 1
-                self.active = self._last >= 0
-                return
+        total, before = starts.item(-1), sum(computed.tolist())
+        if self.goes_on(req_ids, total, before):
+            return
         self.settle()
         self._fill(bound, req_ids, starts, computed, token_ids, total)
-        self._batch, self._computed = list(req_ids), sum(computed.tolist())
-        self._steady = total == count and all(_settled(span) for span in self.spans)
+        self._batch, self._computed = list(req_ids), before
+        self._steady = total == len(req_ids) and all(_settled(span) for span in self.spans)
         self._measure()
         self._direct()
+
+    def goes_on(self, req_ids: Sequence[str | None], rows: int, computed: int) -> bool:
+        """Begin a pass that is the one before with one more row of each request; False, nothing done: it is another.
+
+        Args:
+            req_ids: requests of the batch, in the order of their rows.
+            rows: of the pass.
+            computed: rows that were computed before, of all its requests together.
+        """
+        again = self._steady and rows == len(req_ids) and self._batch == req_ids
+        if not again or computed != self._computed + (self.shift + 1) * rows:
+            return False
+        self.shift += 1
+        self._ahead += 1
+        self.active = self._last >= 0
+        return True
 
     def begin_last(
         self, bound: dict[str, Bound], req_ids: Sequence[str | None], last: Ints, token_ids: Tensor | None

@@ -21,6 +21,8 @@ class RunnerV1:
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
+        self._planned: Any = None
+        """The scheduler's output for the pass that comes."""
         self._sampled = False
         """Whether the next logits are those of the last rows of a pass."""
 
@@ -78,11 +80,11 @@ class RunnerV1:
 
         runner._dummy_run = dummy_run
 
-    @staticmethod
-    def _follow_requests(runner: Any, state: WorkerState) -> None:
+    def _follow_requests(self, runner: Any, state: WorkerState) -> None:
         update = runner._update_states
 
         def update_states(scheduler_output: Any) -> Any:
+            self._planned = scheduler_output
             for req_id in scheduler_output.finished_req_ids:
                 state.release(req_id)
             for new in scheduler_output.scheduled_new_reqs:
@@ -109,10 +111,11 @@ class RunnerV1:
                 if state.graphs:
                     state.step.blank()
                 return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            ids, starts, computed = self._batch(runner)
-            # where embeddings are given, the runner keeps their token ids
-            tokens = runner.input_ids.gpu[: int(starts[-1])] if input_ids is None else input_ids
-            state.begin(ids, starts, computed, tokens, inputs_embeds, intermediate_tensors)
+            if not self._goes_on(state, input_ids, inputs_embeds, intermediate_tensors):
+                ids, starts, computed = self._batch(runner)
+                # where embeddings are given, the runner keeps their token ids
+                tokens = runner.input_ids.gpu[: int(starts[-1])] if input_ids is None else input_ids
+                state.begin(ids, starts, computed, tokens, inputs_embeds, intermediate_tensors)
             try:
                 hidden = forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             finally:
@@ -122,6 +125,14 @@ class RunnerV1:
             return hidden
 
         runner._model_forward = model_forward
+
+    def _goes_on(self, state: WorkerState, *given: Any) -> bool:
+        """Begin a pass that is like the one before; the plan has what `_batch` has, in lists: most passes are such."""
+        plan = self._planned
+        if plan is None:
+            return False
+        before = sum(plan.scheduled_cached_reqs.num_computed_tokens)
+        return state.goes_on(self._runner.input_batch.req_ids, plan.total_num_scheduled_tokens, before, *given)
 
     @staticmethod
     def _batch(runner: Any) -> tuple[Sequence[str | None], Any, Any]:
