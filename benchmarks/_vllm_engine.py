@@ -5,9 +5,9 @@ steering, and then runs the batches it is told to, one at a time, each measured 
 A batch is all that a user pays for: requests made (`client.params`), `LLM.generate`, and results brought home
 (`client.collect`).
 
-`together` runs batches of several engines by turns, a few steps each. What else runs on a shared machine slows a
+`together` runs batches of several engines by turns, an engine step each. What else runs on a shared machine slows a
 program down by half for seconds or minutes, and so does where its core lies: here both sides run on one core and meet
-the same within milliseconds. The first step of a turn finds the caches as the other engine left them.
+the same within milliseconds. Each step finds the caches as the other engine left them.
 """
 
 from __future__ import annotations
@@ -55,8 +55,6 @@ QWEN = {
     "use_cache": True,
     "vocab_size": 151936,
 }
-STEPS = 8
-"""Steps of an engine in one turn."""
 SITES = "layers.*.resid_post"
 
 
@@ -230,7 +228,7 @@ def _pin() -> None:
 
 
 class Turns:
-    """Runs work that waits for a line of the input before it begins and again before every few steps of an engine.
+    """Runs work that waits for a line of the input before it begins and before every step of an engine.
 
     Args:
         say: tells that it waits.
@@ -240,14 +238,11 @@ class Turns:
     def __init__(self, say: Callable[[dict[str, Any]], None], engine: Any) -> None:
         self._say = say
         self._seconds: dict[str, float] | None = None
-        self._steps = 0
         step = engine.step
 
         def waiting() -> Any:
-            self._steps += 1
-            if self._steps % STEPS == 1:
-                self._stop()
-                self._start()
+            self._stop()
+            self._start()
             return step()
 
         engine.step = waiting
@@ -265,7 +260,7 @@ class Turns:
 
     def run(self, work: Callable[[], None]) -> dict[str, float]:
         """Return the seconds that the work took without its waits: {"cpu", "wall"}."""
-        self._seconds, self._steps = (seconds := {"cpu": 0.0, "wall": 0.0}), 0
+        self._seconds = seconds = {"cpu": 0.0, "wall": 0.0}
         self._start()
         work()
         self._stop()
