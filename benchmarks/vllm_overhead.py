@@ -8,9 +8,9 @@ prompts that no engine saw before, so that no prefix cache helps one side. A ste
 projection at every layer, at every row.
 
 A sample is the CPU seconds that a batch takes in its engine's process over those of a batch of the first stock engine,
-minus 1: both run by turns, a step each, on one core (see _vllm_engine.py), each with its own requests. Everything a user
-pays for is in it: `client.params` of every request, `LLM.generate`, `client.collect`; the counts of what every op did
-are always on. The A/A control is the second stock engine in the place of the one that steers. Several sets of
+minus 1: both run by turns, a step each, on one core (see _vllm_engine.py), each with its own requests. Everything a
+user pays for is in it: `client.params` of every request, `LLM.generate`, `client.collect`; the counts of what every op
+did are always on. The A/A control is the second stock engine in the place of the one that steers. Several sets of
 processes are sampled; their medians stand in the notes, and so does wall time. 256 steerings over 16 is the quotient of
 two such ratios of one round.
 
