@@ -32,7 +32,7 @@ from _claims import Measured, main
 from _vllm_engine import Batch, Engine, together
 
 QUICK_SECONDS = 180
-SETS = {"testbed": 4, "eager": 3, "qwen": 3}
+SETS = {"testbed": 3, "eager": 2, "qwen": 2}
 """Sets of processes."""
 CONTROL = "control"
 LAYER = "layers.3.resid_post"
@@ -152,7 +152,7 @@ def qwen(found: Found, deadline: float) -> None:
     base = Batch(prompt=16, new=8)
     with engines("qwen") as (stock, other, steered):
         listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
-        compare(found, stock, base, listed, 4, deadline)
+        compare(found, stock, base, listed, 3, deadline)
 
 
 def measured(model: str, found: Found) -> Iterator[Measured]:
