@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
 from tests.vllm import _engine as engine
+from trimtab.backends.vllm.runners.v1 import RunnerV1
 from trimtab.numerics.tolerances import engine_row_rel_l2
 from trimtab.steering import Add, Cap, Positions, Steering
 
@@ -103,6 +105,7 @@ def run(model: str, count: int, engines: list[dict[str, Any]]) -> dict[str, Any]
     llm = engine.start(model, PLUGIN)
     client = engine.attached(llm)
     made, rows, wrong, facts = [], [], {}, []
+    filled = tables_filled(llm)
     for number, asked in enumerate(every):
         params = asked.params(client)
         made += engine.tokens(engine.generate(llm, [asked.prompt], params))
@@ -120,7 +123,23 @@ def run(model: str, count: int, engines: list[dict[str, Any]]) -> dict[str, Any]
         facts[-1] |= aborted(llm, every, made, rows, wrong, f"engine {number}")
         del llm
         engine.stop()
-    return {"wrong": {name: said for name, said in wrong.items() if said}, "facts": facts}
+    return {"wrong": {name: said for name, said in wrong.items() if said}, "facts": facts, "filled": filled}
+
+
+def tables_filled(llm: Any) -> int:
+    """Run requests whose passes are alike; return how many of them looked at the batch and filled the tables anew."""
+    client, looked, batch = engine.attached(llm), [], RunnerV1._batch
+
+    def counted(runner: Any) -> Any:
+        looked.append(runner)
+        return batch(runner)
+
+    asked = [Asked(0), Asked(18)]  # they select all of their rows
+    with patch.object(RunnerV1, "_batch", staticmethod(counted)):
+        params = [one.params(client, max_tokens=33) for one in asked]
+        engine.generate(llm, [engine.prompts(1, 20)[0] for _ in asked], params)
+    client.discard(params)
+    return len(looked)
 
 
 def at_once(llm: Any, every: list[Asked], made: list[Any], rows: list[Any], wrong: dict[str, Any], name: str) -> Any:
@@ -210,6 +229,7 @@ def test_every_row_is_right_however_the_engine_schedules_it(tmp_path: Path) -> N
     engines = [HOSTILE | {"enable_prefix_caching": True}, HOSTILE | {"async_scheduling": False}]
     found = engine.call(run, model, 27, engines, cwd=tmp_path)
     assert not found["wrong"]
+    assert 1 <= found["filled"] <= 3  # of 33 passes
     caching, plain = found["facts"]
     assert min(caching["preempted"], plain["preempted"]) >= 2
     assert caching["cached"] > 0 == plain["cached"]
