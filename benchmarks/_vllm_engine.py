@@ -6,8 +6,8 @@ A batch is all that a user pays for: requests made (`client.params`), `LLM.gener
 (`client.collect`).
 
 `together` runs batches of several engines by turns, an engine step each. What else runs on a shared machine slows a
-program down by half for seconds or minutes, and so does where its core lies: here both sides run on one core and meet
-the same within milliseconds. Each step finds the caches as the other engine left them.
+program down by half for seconds or minutes: here both sides run on one core and meet the same within milliseconds. Each
+step finds the caches as the other engine left them.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Engine:
 
 def together(*asked: tuple[Engine, Batch]) -> list[dict[str, float]]:
     """Run batches on engines that take turns; return {"cpu": seconds, "wall": seconds} of each."""
-    answers = [engine.tell(json.dumps(asdict(batch) | {"profile": ""})) for engine, batch in asked]
+    answers = [engine.tell(json.dumps(asdict(batch))) for engine, batch in asked]
     while not all(answers):
         for index, (engine, _) in enumerate(asked):
             answers[index] = answers[index] or engine.tell("")
@@ -212,12 +212,7 @@ def serve(given: dict[str, Any], say: Callable[[dict[str, Any]], None]) -> None:
         _pin()
         say({"started": time.perf_counter() - began})
         for line in sys.stdin:
-            asked = json.loads(line)
-            profile = asked.pop("profile")
-            work = prepare(Batch(**asked))
-            if profile:
-                _profiled(work, profile)
-            say(turns.run(work))
+            say(turns.run(prepare(Batch(**json.loads(line)))))
 
 
 def _pin() -> None:
@@ -266,14 +261,6 @@ class Turns:
         self._stop()
         self._seconds = None
         return seconds
-
-
-def _profiled(work: Callable[[], None], path: str) -> None:
-    import cProfile
-
-    profiler = cProfile.Profile()
-    profiler.runcall(work)
-    profiler.dump_stats(path)
 
 
 def main(arguments: Sequence[str]) -> None:

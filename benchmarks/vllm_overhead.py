@@ -11,8 +11,9 @@ A sample is the CPU seconds that a batch takes in its engine's process over thos
 minus 1: both run by turns, a step each, on one core (see _vllm_engine.py), each with its own requests. Everything a
 user pays for is in it: `client.params` of every request, `LLM.generate`, `client.collect`; the counts of what every op
 did are always on. The A/A control is the second stock engine in the place of the one that steers. Several sets of
-processes are sampled; their medians stand in the notes, and so does wall time. 256 steerings over 16 is the quotient of
-two such ratios of one round.
+processes are sampled; their medians stand in the notes, and so does wall time. Intervals take all rounds as independent
+and do not widen where sets of processes differ: read those medians beside them. 256 steerings over 16 is the quotient
+of two such ratios of one round.
 
 Stock requests are `SamplingParams` as users write them, which vLLM copies deeply; those of `client.params` carry
 `skip_clone`, like the requests of vLLM's own server.

@@ -43,7 +43,6 @@ def step() -> Iterator[Step]:
     made.end()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")
 def test_a_compiled_graph_calls_the_operator_only_while_a_pass_has_something_to_do(step: Step) -> None:
     op.guard()
     torch.compiler.reset()
