@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     from trimtab.backends.vllm.taps import Tap
     from trimtab.backends.vllm.worker import SteeredWorker
 
-COUNTS = "counts"
-"""The tensor among those collected of what ops did, int64 [ops of every result, 4]; see counts.py."""
-
 
 def answer(worker: SteeredWorker, verb: str, payload: bytes) -> bytes:
     """Run one verb; a refusal comes back as a document of its kind and message."""
@@ -125,9 +122,10 @@ def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
     lefts = [left for several in worker.state.collect(wire.from_bytes(payload)["labels"]).values() for left in several]
     parcel = _Parcel()
     results = [_result(left, parcel, worker.state.tap_of, worker.tp_rank == 0) for left in lefts]
-    counts = torch.from_numpy(np.concatenate([NOTHING.values, *(left.doses.values for left in lefts)]))
+    counts = np.concatenate([NOTHING.values, *(left.doses.values for left in lefts)])
     document = {
         "results": results,
+        "counts": wire.counts_text(counts),
         "ops": list(parcel.ops),
         "pairs": list(parcel.pairs),
         "positions": [runs for _, runs in parcel.positions.values()],
@@ -137,7 +135,7 @@ def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
         "dropped": worker.state.dropped,
     }
     del lefts  # rows can be many: the parcel copies them
-    return wire.to_parcel(document, {COUNTS: counts, **parcel.tensors()})
+    return wire.to_parcel(document, parcel.tensors())
 
 
 def _result(left: Left, parcel: _Parcel, taps: Mapping[Site, Tap], replicated: bool) -> Result:

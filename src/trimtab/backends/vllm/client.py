@@ -16,7 +16,6 @@ from torch import Tensor
 
 from trimtab import errors
 from trimtab.backends.vllm import wire
-from trimtab.backends.vllm.answers import COUNTS
 from trimtab.backends.vllm.config import KEY, REMEDY, asked
 from trimtab.backends.vllm.liveness import dead, end_waits_when_dead, has_died, unanswered
 from trimtab.backends.vllm.plugin import RPC
@@ -335,7 +334,7 @@ class Client:
         ranks = Counter(document["engine"] for document, _ in answers)
         merged: dict[tuple[str, str], Merge] = {}
         for document, tensors in answers:
-            counts, row = tensors[COUNTS].numpy(), 0
+            counts, row = wire.counts_of(document["counts"]), 0
             for given in document["results"]:
                 result = Result(*given)
                 names = document["ops"][result.ops]

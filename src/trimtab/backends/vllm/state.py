@@ -287,40 +287,38 @@ class WorkerState:
         intermediate: Any,
     ) -> bool:
         """Begin a pass as `begin` does, in less time, if it is the one before with one more row of each request."""
-        again = self.step.goes_on(ids, rows, computed)
-        if again and self.step.active:
+        step = self.step
+        if not step.goes_on(ids, rows, computed):
+            return False
+        if step.busy:
             self._begin_stream(token_ids, embeds, intermediate)
-        return again
+        return True
 
     def _begin_stream(self, token_ids: Tensor | None, embeds: Tensor | None, intermediate: Any) -> None:
-        if self.residual is not None and self.embed is not None:
-            self._embed(token_ids, embeds)
-        if self.residual is not None and self.map.first_layer_has_residual and intermediate is not None:
+        if self.residual is None:
+            return
+        step, count = self.step, self.step.rows.n
+        if self.embed is not None:
+            if self.table is not None and step.native and embeds is None and token_ids is not None:
+                step.embed(token_ids, self.table())
+            else:
+                step.embed(None, None)
+                embeds = self.embed(token_ids[:count]) if embeds is None and token_ids is not None else embeds
+                assert embeds is not None
+                self.residual[:count].copy_(embeds[:count])
+        if self.map.first_layer_has_residual and intermediate is not None:
             tensors: dict[str, Tensor] = getattr(intermediate, "tensors", intermediate)
-            count = self.step.rows.n
             arrived = tensors["hidden_states"][:count]
             if "residual" in tensors:
                 arrived = arrived + tensors["residual"][:count]
             self.residual[:count].copy_(arrived)
 
-    def _embed(self, token_ids: Tensor | None, embeds: Tensor | None) -> None:
-        assert self.residual is not None
-        assert self.embed is not None
-        step, count = self.step, self.step.rows.n
-        if embeds is None and token_ids is not None:
-            if self.table is not None and step.native:
-                step.embed(token_ids, self.table())
-                return
-            embeds = self.embed(token_ids[:count])
-        assert embeds is not None
-        step.embed(None, None)
-        self.residual[:count].copy_(embeds[:count])
-
     def end(self) -> None:
         """Close a forward pass, and keep the full doses that it measured."""
-        if self.step.measured is not None:
-            self.doses.take(self.step)
-        self.step.end()
+        step = self.step
+        if step.measured is not None:
+            self.doses.take(step)
+        step.end()
 
     # requests
 

@@ -96,6 +96,8 @@ class Step:
         """Rows whose full dose is wanted."""
         self.shift = 0
         """Passes since the tables were filled: in each, every request has one row, and its position is one more."""
+        self.busy = False
+        """Whether some tap has something to do in a pass with these tables."""
         self.forced = False
         """Whether a request of the batch is forced along given tokens."""
         self.prompt_logits = False
@@ -113,14 +115,13 @@ class Step:
         self._steady = False
         self._filled = 0
         self._ahead = 0  # passes that `Bound.done` of the spans does not count yet
-        self._last = -1
         self._taps: list[Ints] = []
         self._tap_of: dict[Site, int] = {}
         self._asked: set[int] = set()
         self._reach: dict[str, int] = {}
-        self._looked_up = 0, 0
-        self._held: tuple[Tensor | None, Tensor | None] = None, None  # the kernel knows addresses only
-        self._id = id(self)
+        self._embeds: tuple[tuple[int, int], Tensor | None, Tensor | None] = (0, 0), None, None
+        """Addresses that the kernel knows, of ids and table, and what lies there, so that it stays."""
+        self._id, self._passes = id(self), op.passes
         weakref.finalize(self, op.passes.pop, self._id, None)
 
     @property
@@ -131,13 +132,13 @@ class Step:
     @property
     def active(self) -> bool:
         """Whether a pass is running that has something to do."""
-        return self._id in op.passes
+        return self._id in self._passes
 
     @active.setter
     def active(self, value: bool) -> None:
         if value:
             self._control[0] = 1
-            op.passes[self._id] = None
+            self._passes[self._id] = None
         else:
             self.end()
 
@@ -149,9 +150,9 @@ class Step:
             table: [vocabulary, width] in the model's dtype.
         """
         found = (0, 0) if ids is None or table is None else (ids.data_ptr(), table.data_ptr())
-        if found == self._looked_up:
+        if found == self._embeds[0]:
             return
-        self._looked_up, self._held, self._control[4] = found, (ids, table), 0
+        self._embeds, self._control[4] = (found, ids, table), 0
         if ids is not None and table is not None:
             if ids.dtype not in (torch.int32, torch.int64) or not (ids.is_contiguous() and table.is_contiguous()):
                 raise BackendError(f"token ids {ids.dtype}: contiguous integers, and a contiguous table, were expected")
@@ -242,7 +243,9 @@ class Step:
             return False
         self.shift += 1
         self._ahead += 1
-        self.active = self._last >= 0
+        if self.busy:
+            self._control[0] = 1
+            self._passes[self._id] = None
         return True
 
     def begin_last(
@@ -374,12 +377,12 @@ class Step:
         for number in self._asked ^ asked:
             self._taps[number][1] = number in asked
         self._asked = asked
-        self._last = max(asked, default=-1)
+        last = max(asked, default=-1)
         for span in self.spans:
             if span.bound.slot:
-                self._last = max(self._last, self._reached(span.bound))
-        self._control[1], self._control[2], self._control[3] = self.rows.n, self._last, self.measured is not None
-        self.active = self._last >= 0
+                last = max(last, self._reached(span.bound))
+        self._control[1], self._control[2], self._control[3] = self.rows.n, last, self.measured is not None
+        self.busy = self.active = last >= 0
 
     def _reached(self, one: Bound) -> int:
         """Return the last tap where a steering acts."""
@@ -395,7 +398,7 @@ class Step:
     def end(self) -> None:
         """Have taps do nothing until the next pass begins."""
         self._control[0] = 0
-        op.passes.pop(self._id, None)
+        self._passes.pop(self._id, None)
 
 
 def _chosen(captured: Positions, start: int, count: int, prompt_length: int, ids: Tensor | None = None) -> Tensor:

@@ -217,9 +217,12 @@ def from_bytes(data: bytes) -> Any:
 def to_parcel(document: Any, tensors: dict[str, Tensor]) -> bytes:
     """Return a JSON document and tensors as bytes: a safetensors file, in which the document is a tensor of bytes.
 
+    Without tensors it is the document alone, which takes less time to make and to read.
     Through numpy: `safetensors.torch.save` has ctypes make a type for every new number of bytes, and ctypes keeps it.
     Numpy has no bfloat16; such a tensor travels as int16, and its name says so.
     """
+    if not tensors:
+        return to_bytes(document)
     arrays = {_DOCUMENT: np.frombuffer(to_bytes(document), dtype=np.uint8)}
     for name, tensor in tensors.items():
         narrow = tensor.dtype is torch.bfloat16
@@ -235,6 +238,16 @@ def from_parcel(data: bytes) -> tuple[Any, dict[str, Tensor]]:
     document = from_bytes(read.pop(_DOCUMENT).numpy().tobytes())
     narrow = [name for name in read if name.endswith(_BFLOAT16)]
     return document, read | {name.removesuffix(_BFLOAT16): read.pop(name).view(torch.bfloat16) for name in narrow}
+
+
+def counts_text(counts: Ints) -> str:
+    """Return int64 [n, 4] as a text in a document: what the ops of all its results did; see counts.py."""
+    return counts.astype("<i8", copy=False).tobytes().hex()
+
+
+def counts_of(text: str) -> Ints:
+    """Read what `counts_text` made; not to be written to."""
+    return np.frombuffer(bytes.fromhex(text), dtype="<i8").reshape(-1, 4)
 
 
 def runs(positions: Sequence[int] | Ints) -> list[tuple[int, int]]:

@@ -156,3 +156,28 @@ def test_a_pass_that_fails_leaves_the_taps_at_rest() -> None:
         runner._model_forward(torch.zeros(0))
     assert begun
     assert not step.active
+
+
+def test_samples_go_through_us_only_while_a_request_needs_it() -> None:
+    runner, step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
+    stock, needs = runner.sampler.sample, ["", "forced", "check_logits", ""]
+    runner.step = step
+
+    def begin(*batch: Any) -> None:
+        step.forced, step.check_logits = needs[0] == "forced", needs[0] == "check_logits"
+
+    state: Any = SimpleNamespace(
+        step=step,
+        bound={"a": None},
+        graphs=False,
+        recorded=(),
+        banks={},
+        config=SimpleNamespace(keys_per_steering=1),
+        nonfinite_logits=None,
+        begin=begin,
+        end=step.end,
+    )
+    RunnerV1(runner).install(state)
+    while needs:
+        runner._model_forward(torch.zeros(0))
+        assert (runner.sampler.sample is stock) == (not needs.pop(0))

@@ -8,6 +8,7 @@ import json
 import pickle
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +18,8 @@ from trimtab.backends.vllm.wire import (
     VERSION,
     CaptureSpec,
     RequestData,
+    counts_of,
+    counts_text,
     from_bytes,
     from_parcel,
     ops_text,
@@ -114,6 +117,13 @@ def test_parcels_of_many_lengths_leave_nothing_behind() -> None:
 
 def test_a_document_alone_is_a_parcel_without_tensors() -> None:
     assert from_parcel(to_bytes({"error": "BackendError"})) == ({"error": "BackendError"}, {})
+    assert to_parcel({"error": "BackendError"}, {}) == to_bytes({"error": "BackendError"})
+
+
+@given(st.lists(st.tuples(*[st.integers(-(2**63), 2**63 - 1)] * 4), max_size=5))
+def test_counts_travel_as_text(rows: list[tuple[int, ...]]) -> None:
+    document = from_bytes(to_bytes(counts_text(np.array(rows, dtype=np.int64).reshape(-1, 4))))
+    assert counts_of(document).tolist() == [list(row) for row in rows]
 
 
 @given(st.lists(st.integers(0, 6), max_size=8))

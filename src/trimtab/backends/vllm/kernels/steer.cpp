@@ -585,8 +585,8 @@ void apply_(const at::Tensor& x, int64_t handle, int64_t n) {
   }
   if (rows.empty()) return;
   check_rows(x, b.width, "x");
-  for (const auto& other : {b.residual, b.dose})
-    TORCH_CHECK(!other || other->size(0) >= n, "a buffer of ", other->size(0), " rows was given for ", n, " rows");
+  for (const auto* other : {&b.residual, &b.dose})
+    TORCH_CHECK(!*other || (*other)->size(0) >= n, "a buffer of ", (*other)->size(0), " rows was given for ", n, " rows");
   TORCH_CHECK(!b.residual || b.residual->scalar_type() == x.scalar_type(), "x is ", x.scalar_type(),
               " and the residual is ", b.residual->scalar_type());
   if (x.scalar_type() == at::kFloat) steer<F32>(b, x, rows);

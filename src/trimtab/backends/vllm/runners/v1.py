@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -25,6 +25,8 @@ class RunnerV1:
         """The scheduler's output for the pass that comes."""
         self._sampled = False
         """Whether the next logits are those of the last rows of a pass."""
+        self._watching = False
+        """Whether samples go through us: only where a request of the batch needs it, for every call takes time."""
 
     @staticmethod
     def accepts(runner: Any) -> bool:
@@ -47,7 +49,7 @@ class RunnerV1:
         self._follow_requests(runner, state)
         sampled = SampledRows(state)
         self._follow_passes(runner, state, sampled)
-        compute_logits, sample = runner.model.compute_logits, runner.sampler.sample
+        compute_logits = runner.model.compute_logits
 
         def with_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
             logits: Tensor | None = compute_logits(hidden_states, *args, **kwargs)
@@ -57,17 +59,8 @@ class RunnerV1:
                 sampled.logits(logits, ids, starts, computed)
             return logits
 
-        def with_forced(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if state.bound and state.step.check_logits:
-                sampled.check(logits, runner.input_batch.req_ids)
-            tokens, processed = sample(logits, *args, **kwargs)
-            if state.bound and state.step.forced:
-                tokens = sampled.force(tokens, runner.input_batch.req_ids)
-            return tokens, processed
-
         if LOGITS in state.recorded:
             runner.model.compute_logits = with_logits
-        runner.sampler.sample = with_forced
 
     @staticmethod
     def _blank_dummies(runner: Any, state: WorkerState) -> None:
@@ -97,7 +90,8 @@ class RunnerV1:
         runner._update_states = update_states
 
     def _follow_passes(self, runner: Any, state: WorkerState, sampled: SampledRows) -> None:
-        forward, compute_logits = runner._model_forward, runner.model.compute_logits
+        forward, compute_logits, step = runner._model_forward, runner.model.compute_logits, state.step
+        watch = self._follow_samples(runner, state, sampled)
 
         def model_forward(
             input_ids: Tensor | None = None,
@@ -109,22 +103,42 @@ class RunnerV1:
             self._sampled = bool(state.bound)
             if not state.bound:
                 if state.graphs:
-                    state.step.blank()
+                    step.blank()
                 return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             if not self._goes_on(state, input_ids, inputs_embeds, intermediate_tensors):
                 ids, starts, computed = self._batch(runner)
                 # where embeddings are given, the runner keeps their token ids
                 tokens = runner.input_ids.gpu[: int(starts[-1])] if input_ids is None else input_ids
                 state.begin(ids, starts, computed, tokens, inputs_embeds, intermediate_tensors)
+                watch(step.check_logits or step.forced)
             try:
                 hidden = forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             finally:
                 state.end()
-            if isinstance(hidden, Tensor):  # the last pipeline stage
+            if step.prompt_logits and isinstance(hidden, Tensor):  # the last pipeline stage
                 sampled.prompt(hidden, compute_logits)
             return hidden
 
         runner._model_forward = model_forward
+
+    def _follow_samples(self, runner: Any, state: WorkerState, sampled: SampledRows) -> Callable[[bool], None]:
+        """Return what has samples go through us, or not."""
+        sample = runner.sampler.sample
+
+        def with_ours(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if state.bound and state.step.check_logits:
+                sampled.check(logits, runner.input_batch.req_ids)
+            tokens, processed = sample(logits, *args, **kwargs)
+            if state.bound and state.step.forced:
+                tokens = sampled.force(tokens, runner.input_batch.req_ids)
+            return tokens, processed
+
+        def watch(needed: bool) -> None:
+            if needed != self._watching:
+                self._watching = needed
+                runner.sampler.sample = with_ours if needed else sample
+
+        return watch
 
     def _goes_on(self, state: WorkerState, *given: Any) -> bool:
         """Begin a pass that is like the one before; the plan has what `_batch` has, in lists: most passes are such."""
