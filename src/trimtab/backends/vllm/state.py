@@ -274,27 +274,11 @@ class WorkerState:
     ) -> None:
         """Fill the tables for a forward pass, and begin the stream: what is embedded, or what another stage sent."""
         self.step.begin(self.bound, ids, starts, computed, token_ids)
-        if self.step.active:
-            self._begin_stream(token_ids, embeds, intermediate)
+        if self.step.busy:
+            self.begin_stream(token_ids, embeds, intermediate)
 
-    def goes_on(
-        self,
-        ids: Sequence[str | None],
-        rows: int,
-        computed: int,
-        token_ids: Tensor | None,
-        embeds: Tensor | None,
-        intermediate: Any,
-    ) -> bool:
-        """Begin a pass as `begin` does, in less time, if it is the one before with one more row of each request."""
-        step = self.step
-        if not step.goes_on(ids, rows, computed):
-            return False
-        if step.busy:
-            self._begin_stream(token_ids, embeds, intermediate)
-        return True
-
-    def _begin_stream(self, token_ids: Tensor | None, embeds: Tensor | None, intermediate: Any) -> None:
+    def begin_stream(self, token_ids: Tensor | None, embeds: Tensor | None, intermediate: Any) -> None:
+        """Begin the stream of a pass that `Step.goes_on` began."""
         if self.residual is None:
             return
         step, count = self.step, self.step.rows.n

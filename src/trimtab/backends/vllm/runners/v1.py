@@ -105,12 +105,19 @@ class RunnerV1:
                 if state.graphs:
                     step.blank()
                 return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
-            if not self._goes_on(state, input_ids, inputs_embeds, intermediate_tensors):
+            plan = self._planned  # it has what `_batch` has, in lists: most passes are like the one before
+            if plan is None or not step.goes_on(
+                runner.input_batch.req_ids,
+                plan.total_num_scheduled_tokens,
+                sum(plan.scheduled_cached_reqs.num_computed_tokens),
+            ):
                 ids, starts, computed = self._batch(runner)
                 # where embeddings are given, the runner keeps their token ids
                 tokens = runner.input_ids.gpu[: int(starts[-1])] if input_ids is None else input_ids
                 state.begin(ids, starts, computed, tokens, inputs_embeds, intermediate_tensors)
                 watch(step.check_logits or step.forced)
+            elif step.busy:
+                state.begin_stream(input_ids, inputs_embeds, intermediate_tensors)
             try:
                 hidden = forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             finally:
@@ -139,14 +146,6 @@ class RunnerV1:
                 runner.sampler.sample = with_ours if needed else sample
 
         return watch
-
-    def _goes_on(self, state: WorkerState, *given: Any) -> bool:
-        """Begin a pass that is like the one before; the plan has what `_batch` has, in lists: most passes are such."""
-        plan = self._planned
-        if plan is None:
-            return False
-        before = sum(plan.scheduled_cached_reqs.num_computed_tokens)
-        return state.goes_on(self._runner.input_batch.req_ids, plan.total_num_scheduled_tokens, before, *given)
 
     @staticmethod
     def _batch(runner: Any) -> tuple[Sequence[str | None], Any, Any]:
