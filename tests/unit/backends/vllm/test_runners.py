@@ -109,12 +109,16 @@ class Graphed:
         self.note("update")
 
 
+def state_of(step: Step, **settings: Any) -> Any:
+    """What an adapter asks of a worker's state."""
+    config = SimpleNamespace(keys_per_steering=1)
+    usual = {"bound": {"a": None}, "graphs": False, "recorded": (), "banks": {}, "nonfinite_logits": None}
+    return SimpleNamespace(step=step, end=step.end, config=config, **usual | settings)
+
+
 def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
-    config = SimpleNamespace(keys_per_steering=1)
-    state: Any = SimpleNamespace(
-        step=step, bound={}, graphs=True, recorded=(), banks={}, config=config, nonfinite_logits=None, end=step.end
-    )
+    state = state_of(step, bound={}, graphs=True)
     runner.step = step
     monkeypatch.delenv(UNTESTED, raising=False)
     with pytest.raises(
@@ -132,24 +136,13 @@ def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(mo
 
 def test_a_pass_that_fails_leaves_the_taps_at_rest() -> None:
     runner, step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
-    config = SimpleNamespace(keys_per_steering=1)
     begun: list[bool] = []
 
     def begin(*batch: Any) -> None:
         step.active = True
         begun.append(True)
 
-    state: Any = SimpleNamespace(
-        step=step,
-        bound={"a": None},
-        graphs=False,
-        recorded=(),
-        banks={},
-        config=config,
-        nonfinite_logits=None,
-        begin=begin,
-        end=step.end,
-    )
+    state = state_of(step, begin=begin)
     runner._model_forward = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
     RunnerV1(runner).install(state)
     with pytest.raises(ZeroDivisionError):
@@ -166,17 +159,7 @@ def test_samples_go_through_us_only_while_a_request_needs_it() -> None:
     def begin(*batch: Any) -> None:
         step.forced, step.check_logits = needs[0] == "forced", needs[0] == "check_logits"
 
-    state: Any = SimpleNamespace(
-        step=step,
-        bound={"a": None},
-        graphs=False,
-        recorded=(),
-        banks={},
-        config=SimpleNamespace(keys_per_steering=1),
-        nonfinite_logits=None,
-        begin=begin,
-        end=step.end,
-    )
+    state = state_of(step, begin=begin)
     RunnerV1(runner).install(state)
     while needs:
         runner._model_forward(torch.zeros(0))
