@@ -243,7 +243,7 @@ class Step:
             return False
         self.shift += 1
         self._ahead += 1
-        if self.busy:
+        if self.busy:  # what `active` sets, without the call
             self._control[0] = 1
             self._passes[self._id] = None
         return True
