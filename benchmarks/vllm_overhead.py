@@ -10,12 +10,11 @@ projection at every layer, at every row.
 A sample is the CPU seconds that a batch takes in its engine's process over those of a batch of the first stock engine,
 minus 1: both run by turns, a step each, on one core (see _vllm_engine.py), each with its own requests. Right before,
 both run a batch of a few tokens that is not counted: the first stock engine is in every pair, and the others find less
-of their memory in the caches (unwarmed, the control took .6 % more than it). Everything a user pays for is in a
-sample: `client.params` of every request, `LLM.generate`, `client.collect`; the counts of what every op did are always
-on. The A/A control is the second stock engine in the place of the one that steers. Several sets of processes are
-sampled; their medians stand in the notes, and so does wall time. Intervals take all rounds as independent and do not
-widen where sets of processes differ: read those medians beside them. 256 steerings over 16 is the quotient of two such
-ratios of one round.
+of their memory in the caches. Everything a user pays for is in a sample: `client.params` of every request,
+`LLM.generate`, `client.collect`; the counts of what every op did are always on. The A/A control is the second stock
+engine in the place of the one that steers. Several sets of processes are sampled; their medians stand in the notes,
+and so does wall time. Intervals take all rounds as independent and do not widen where sets of processes differ: read
+those medians beside them. 256 steerings over 16 is the quotient of two such ratios of one round.
 
 Stock requests are `SamplingParams` as users write them, which vLLM copies deeply; those of `client.params` carry
 `skip_clone`, like the requests of vLLM's own server.
