@@ -192,42 +192,54 @@ def _admitting(stock: Any) -> type:
             if problem is not None:
                 self.trimtab_admission.refuse(name, request, problem)
             elif name in self.requests or self.trimtab_admission.arrive(name, _digest(request), request):
-                super().add_request(request)
+                return stock.add_request(self, request)
+            self.__class__ = Holding
+
+        def _free_request(self, request: Any, delay_free_blocks: bool = False) -> Any:
+            freed = stock._free_request(self, request, delay_free_blocks=delay_free_blocks)
+            self.trimtab_admission.release(request.request_id)
+            return freed
+
+    class Holding(Admitting):
+        """The same while requests are kept outside: what it overrides runs at every step, and takes time."""
 
         def schedule(self, throttle_prefills: bool = False) -> Any:
             for request in self.trimtab_admission.take():
-                super().add_request(request)
-            return super().schedule(throttle_prefills)
+                stock.add_request(self, request)
+            self._rest()
+            return stock.schedule(self, throttle_prefills)
 
         def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
             for request in self.trimtab_admission.take_refused():
                 # the stock method ends the requests of this set with FinishReason.ERROR: added here, they never run
-                super().add_request(request)
+                stock.add_request(self, request)
                 self.grammar_compile_error_reqs.add(request.request_id)
-            return super().update_from_output(scheduler_output, model_runner_output)
+            self._rest()
+            return stock.update_from_output(self, scheduler_output, model_runner_output)
 
         def finish_requests(self, request_ids: Any, finished_status: Any) -> Any:
             if request_ids is not None:
                 request_ids = {request_ids} if isinstance(request_ids, str) else set(request_ids)
             for request in self.trimtab_admission.drop(request_ids):
-                super().add_request(request)  # what an end sets off (connectors, notices) is the scheduler's to do
-            return super().finish_requests(request_ids, finished_status)
+                stock.add_request(self, request)  # what an end sets off (connectors, notices) is the scheduler's to do
+            self._rest()
+            return stock.finish_requests(self, request_ids, finished_status)
 
         def get_request_counts(self) -> tuple[int, int]:
-            running, waiting = super().get_request_counts()
+            running, waiting = stock.get_request_counts(self)
             return running, waiting + self.trimtab_admission.outside
 
         def has_finished_requests(self) -> bool:
             if self.finished_req_ids or self.connector is None:
                 return bool(self.finished_req_ids)
-            return bool(len(self.requests) > sum(super().get_request_counts()))
+            return bool(len(self.requests) > sum(stock.get_request_counts(self)))
 
-        def _free_request(self, request: Any, delay_free_blocks: bool = False) -> Any:
-            freed = super()._free_request(request, delay_free_blocks=delay_free_blocks)
-            self.trimtab_admission.release(request.request_id)
-            return freed
+        def _rest(self) -> None:
+            if not self.trimtab_admission.outside:
+                self.__class__ = Admitting
 
     Admitting.__name__ = Admitting.__qualname__ = f"Admitting{stock.__name__}"
+    Holding.__name__ = Holding.__qualname__ = f"Holding{stock.__name__}"
     return Admitting
 
 

@@ -3,7 +3,7 @@
 torch.compile keeps stock's fusions around it, because it reads and writes only a tensor that stock stores anyway; what
 it does is looked up by the name of the tap when it runs. Without rows to change or record it returns at once. On the
 CPU, where the kernel could be built, `site_` runs in it, and `live_` is how it asks for Python. Compiled for the CPU,
-a graph calls it only while some pass of the process has something to do.
+a graph calls it only while the requests of some engine of the process have something to do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _library.impl("site_", lambda x, tap: None, "Meta")  # type: ignore[no-untyped-c
 
 site_ = torch.ops.trimtab.site_.default
 passes: dict[int, None] = {}
-"""Tables (`Step`) whose pass runs and has something to do, by identity."""
+"""Tables (`Step`) of which a pass runs that has something to do, or passes like it are to come; by identity."""
 CALLED = "while passes"
 """How compiled graphs call the operator; a part of what names them in caches."""
 

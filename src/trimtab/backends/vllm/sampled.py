@@ -77,7 +77,7 @@ class SampledRows:
             self._stage(logits, step, state.recorder, state.doses)
             state.doses.take(step, logits=True)
         finally:
-            step.end()
+            step.active = False
 
     def prompt(self, hidden: Tensor, compute: Callable[[Tensor], Tensor | None]) -> None:
         """Record the logits of prompt rows before the last one, for the requests that want them; no op acts there.

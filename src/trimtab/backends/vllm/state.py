@@ -281,15 +281,15 @@ class WorkerState:
         """Begin the stream of a pass that `Step.goes_on` began."""
         if self.residual is None:
             return
-        step, count = self.step, self.step.rows.n
+        if self.table is not None and embeds is None and token_ids is not None and self.step.native:
+            self.step.embed(token_ids, self.table())
+            return
+        count = self.step.rows.n
         if self.embed is not None:
-            if self.table is not None and step.native and embeds is None and token_ids is not None:
-                step.embed(token_ids, self.table())
-            else:
-                step.embed(None, None)
-                embeds = self.embed(token_ids[:count]) if embeds is None and token_ids is not None else embeds
-                assert embeds is not None
-                self.residual[:count].copy_(embeds[:count])
+            self.step.embed(None, None)
+            embeds = self.embed(token_ids[:count]) if embeds is None and token_ids is not None else embeds
+            assert embeds is not None
+            self.residual[:count].copy_(embeds[:count])
         if self.map.first_layer_has_residual and intermediate is not None:
             tensors: dict[str, Tensor] = getattr(intermediate, "tensors", intermediate)
             arrived = tensors["hidden_states"][:count]

@@ -96,6 +96,7 @@ class Step:
         """Rows whose full dose is wanted."""
         self.shift = 0
         """Passes since the tables were filled: in each, every request has one row, and its position is one more."""
+        self._settled = 0  # of these, how many `Bound.done` of the spans counts
         self.busy = False
         """Whether some tap has something to do in a pass with these tables."""
         self.forced = False
@@ -111,10 +112,9 @@ class Step:
         self.token_ids: Tensor | None = None
         """Ids of the rows; on an accelerator None unless a selection names tokens."""
         self._batch: Sequence[str | None] = ()
-        self._computed = 0
+        self._computed = 0  # rows computed before the pass that comes, if it goes on
         self._steady = False
         self._filled = 0
-        self._ahead = 0  # passes that `Bound.done` of the spans does not count yet
         self._taps: list[Ints] = []
         self._tap_of: dict[Site, int] = {}
         self._asked: set[int] = set()
@@ -132,15 +132,15 @@ class Step:
     @property
     def active(self) -> bool:
         """Whether a pass is running that has something to do."""
-        return self._id in self._passes
+        return self._control[0] != 0
 
     @active.setter
     def active(self, value: bool) -> None:
+        self._control[0] = value
         if value:
-            self._control[0] = 1
             self._passes[self._id] = None
         else:
-            self.end()
+            self._passes.pop(self._id, None)
 
     def embed(self, ids: Tensor | None, table: Tensor | None) -> None:
         """Have the first tap of the pass begin the stream with rows of a table, in the CPU kernel; None: it has begun.
@@ -187,9 +187,10 @@ class Step:
 
     def settle(self) -> None:
         """Bring `Bound.done` of the requests of the pass up to date."""
-        for span in self.spans if self._ahead else ():
-            span.bound.done += self._ahead
-        self._ahead = 0
+        ahead = self.shift - self._settled
+        for span in self.spans if ahead else ():
+            span.bound.done += ahead
+        self._settled = self.shift
 
     def blank(self) -> None:
         """Let no row be tracked, for passes without tracked requests: device graphs run the taps in them too."""
@@ -197,11 +198,12 @@ class Step:
         self.rows.binding[: self._filled].zero_()
         self.rows.n = self._filled = 0
         self._clear()
-        self._steady = False
+        self._steady = self.busy = self.active = False
 
     def _clear(self) -> None:
         self.spans, self.special, self.wanted, self.measured = [], {}, {}, None
-        self.forced, self.prompt_logits, self.check_logits, self.shift = False, False, False, 0
+        self.forced, self.prompt_logits, self.check_logits = False, False, False
+        self.shift = self._settled = 0
 
     def begin(
         self,
@@ -225,7 +227,7 @@ class Step:
             return
         self.settle()
         self._fill(bound, req_ids, starts, computed, token_ids, total)
-        self._batch, self._computed = list(req_ids), before
+        self._batch, self._computed = list(req_ids), before + total
         self._steady = total == len(req_ids) and all(_settled(span) for span in self.spans)
         self._measure()
         self._direct()
@@ -238,14 +240,11 @@ class Step:
             rows: of the pass.
             computed: rows that were computed before, of all its requests together.
         """
-        again = self._steady and rows == len(req_ids) and self._batch == req_ids
-        if not again or computed != self._computed + (self.shift + 1) * rows:
+        if not self._steady or computed != self._computed or rows != len(req_ids) or self._batch != req_ids:
             return False
+        self._computed = computed + rows
         self.shift += 1
-        self._ahead += 1
-        if self.busy:  # what `active` sets, without the call
-            self._control[0] = 1
-            self._passes[self._id] = None
+        self._control[0] = self.busy
         return True
 
     def begin_last(
@@ -396,9 +395,8 @@ class Step:
         return found
 
     def end(self) -> None:
-        """Have taps do nothing until the next pass begins."""
+        """Have taps do nothing until the next pass begins; compiled graphs call them still, until `active` is unset."""
         self._control[0] = 0
-        self._passes.pop(self._id, None)
 
 
 def _chosen(captured: Positions, start: int, count: int, prompt_length: int, ids: Tensor | None = None) -> Tensor:

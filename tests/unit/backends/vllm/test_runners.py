@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from trimtab.backends.vllm import op
 from trimtab.backends.vllm.runners import adapter
 from trimtab.backends.vllm.runners.graphs import UNTESTED
 from trimtab.backends.vllm.runners.v1 import RunnerV1
@@ -111,14 +112,33 @@ class Graphed:
 
 def state_of(step: Step, **settings: Any) -> Any:
     """What an adapter asks of a worker's state."""
-    config = SimpleNamespace(keys_per_steering=1)
-    usual = {"bound": {"a": None}, "graphs": False, "recorded": (), "banks": {}, "nonfinite_logits": None}
-    return SimpleNamespace(step=step, end=step.end, config=config, **usual | settings)
+    bound: dict[str, None] = {}
+    usual = {
+        "bind": lambda req_id, *asked: bound.update({req_id: None}),
+        "release": lambda req_id: bound.pop(req_id, None),
+        "end": step.end,
+        "config": SimpleNamespace(keys_per_steering=1),
+    }
+    usual |= {"graphs": False, "recorded": (), "banks": {}, "nonfinite_logits": None}
+    return SimpleNamespace(step=step, bound=bound, **usual | settings)
+
+
+def plan(*, new: str = "", finished: str = "") -> Any:
+    """What the scheduler says of a pass: a steered request comes, or ends."""
+    request = SimpleNamespace(
+        req_id=new, prompt_token_ids=[1], sampling_params=SimpleNamespace(extra_args={"a": 1}, max_tokens=2)
+    )
+    return SimpleNamespace(
+        finished_req_ids={finished} if finished else set(),
+        scheduled_new_reqs=[request] if new else [],
+        total_num_scheduled_tokens=0,
+        scheduled_cached_reqs=SimpleNamespace(num_computed_tokens=[]),
+    )
 
 
 def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     runner, step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
-    state = state_of(step, bound={}, graphs=True)
+    state = state_of(step, graphs=True, begin=lambda *batch: None)
     runner.step = step
     monkeypatch.delenv(UNTESTED, raising=False)
     with pytest.raises(
@@ -127,10 +147,14 @@ def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(mo
         RunnerV1(runner).install(state)
     monkeypatch.setenv(UNTESTED, "1")
     RunnerV1(runner).install(state)
-    for run in (runner.capture_model, lambda: runner._dummy_run(3), runner._model_forward):
+    runner._update_states(plan(new="a"))
+    runner.seen.clear()
+    last = lambda: runner._update_states(plan(finished="a"))  # noqa: E731
+    for run in (runner.capture_model, lambda: runner._dummy_run(3), last):
         step.rows.binding[:2], step._filled = 1, 2  # what the pass before has left
         run()
-    assert runner.seen == [("capture", True, 0), ("dummy", False, 0), ("forward", False, 0)]
+    runner._model_forward()
+    assert runner.seen == [("capture", True, 0), ("dummy", False, 0), ("update", False, 0), ("forward", False, 0)]
     assert not step.active
 
 
@@ -142,9 +166,10 @@ def test_a_pass_that_fails_leaves_the_taps_at_rest() -> None:
         step.active = True
         begun.append(True)
 
-    state = state_of(step, begin=begin)
+    runner.step, state = step, state_of(step, begin=begin)
     runner._model_forward = lambda *args, **kwargs: 1 / 0  # type: ignore[method-assign]
     RunnerV1(runner).install(state)
+    runner._update_states(plan(new="a"))
     with pytest.raises(ZeroDivisionError):
         runner._model_forward(torch.zeros(0))
     assert begun
@@ -161,6 +186,29 @@ def test_samples_go_through_us_only_while_a_request_needs_it() -> None:
 
     state = state_of(step, begin=begin)
     RunnerV1(runner).install(state)
+    runner._update_states(plan(new="a"))
     while needs:
         runner._model_forward(torch.zeros(0))
         assert (runner.sampler.sample is stock) == (not needs.pop(0))
+
+
+def test_passes_go_through_us_only_while_there_are_tracked_requests() -> None:
+    runner, step, begun = Graphed(), Step(4, 4, 1, torch.device("cpu")), list[int]()
+    runner.step = step
+
+    def begin(*batch: Any) -> None:
+        begun.append(len(state.bound))
+        step.active = True
+
+    state, stock = state_of(step, begin=begin), runner._model_forward
+    RunnerV1(runner).install(state)
+    told = [plan(), plan(new="a"), plan(), plan(new="b", finished="a"), plan(finished="b"), plan(), plan(new="c")]
+    ours = []
+    for each in told:
+        runner._update_states(each)
+        ours.append(runner._model_forward != stock)
+        runner._model_forward(torch.zeros(0))
+    assert ours == [False, True, True, True, False, False, True]
+    assert begun == [1, 1, 1, 1]
+    runner._update_states(plan(finished="c"))
+    assert step._id not in op.passes  # compiled graphs leave the taps out again

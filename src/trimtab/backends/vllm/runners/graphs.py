@@ -37,6 +37,6 @@ def follow_graphs(runner: Any, state: WorkerState) -> None:
         try:
             return capture(*args, **kwargs)
         finally:
-            state.end()
+            state.step.active = False
 
     runner.capture_model = capture_model

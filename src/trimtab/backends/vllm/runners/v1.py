@@ -12,6 +12,21 @@ from trimtab.backends.vllm.sampled import LOGITS, SampledRows
 from trimtab.backends.vllm.state import WorkerState
 
 
+class _Detour:
+    """A method of one instance that goes through ours only while it has to: a call of ours takes time in every pass."""
+
+    def __init__(self, owner: Any, name: str, ours: Callable[..., Any]) -> None:
+        self._owner, self._name = owner, name
+        self._ways = (getattr(owner, name), ours)
+        self.taken = False
+
+    def take(self, needed: bool) -> None:
+        """Have calls go through ours, or not."""
+        if needed != self.taken:
+            self.taken = needed
+            setattr(self._owner, self._name, self._ways[needed])
+
+
 class RunnerV1:
     """Wraps the methods of one runner instance; the class stays as it is.
 
@@ -25,8 +40,6 @@ class RunnerV1:
         """The scheduler's output for the pass that comes."""
         self._sampled = False
         """Whether the next logits are those of the last rows of a pass."""
-        self._watching = False
-        """Whether samples go through us: only where a request of the batch needs it, for every call takes time."""
 
     @staticmethod
     def accepts(runner: Any) -> bool:
@@ -46,9 +59,8 @@ class RunnerV1:
             require_untested("inside device graphs", "start the engine with enforce_eager=True")
             follow_graphs(runner, state)
             self._blank_dummies(runner, state)
-        self._follow_requests(runner, state)
         sampled = SampledRows(state)
-        self._follow_passes(runner, state, sampled)
+        self._follow_requests(runner, state, self._passes(runner, state, sampled))
         compute_logits = runner.model.compute_logits
 
         def with_logits(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | None:
@@ -73,25 +85,34 @@ class RunnerV1:
 
         runner._dummy_run = dummy_run
 
-    def _follow_requests(self, runner: Any, state: WorkerState) -> None:
+    def _follow_requests(self, runner: Any, state: WorkerState, passes: _Detour) -> None:
         update = runner._update_states
 
-        def update_states(scheduler_output: Any) -> Any:
-            self._planned = scheduler_output
-            for req_id in scheduler_output.finished_req_ids:
+        def follow(plan: Any) -> None:
+            for req_id in plan.finished_req_ids:
                 state.release(req_id)
-            for new in scheduler_output.scheduled_new_reqs:
+            for new in plan.scheduled_new_reqs:
                 params = new.sampling_params
                 if params is not None and params.extra_args:
                     ids = new.prompt_token_ids or []
                     state.bind(new.req_id, params.extra_args, list(ids), params.max_tokens or 1)
+            if passes.taken and not state.bound:
+                self._sampled = False
+                state.step.blank()
+            passes.take(bool(state.bound))
+
+        def update_states(scheduler_output: Any) -> Any:
+            self._planned = scheduler_output
+            if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
+                follow(scheduler_output)
             return update(scheduler_output)
 
         runner._update_states = update_states
 
-    def _follow_passes(self, runner: Any, state: WorkerState, sampled: SampledRows) -> None:
+    def _passes(self, runner: Any, state: WorkerState, sampled: SampledRows) -> _Detour:
+        """Return the way of a pass through us, for as long as there are tracked requests."""
         forward, compute_logits, step = runner._model_forward, runner.model.compute_logits, state.step
-        watch = self._follow_samples(runner, state, sampled)
+        samples = self._samples(runner, state, sampled)
 
         def model_forward(
             input_ids: Tensor | None = None,
@@ -100,13 +121,9 @@ class RunnerV1:
             inputs_embeds: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            self._sampled = bool(state.bound)
-            if not state.bound:
-                if state.graphs:
-                    step.blank()
-                return forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
+            self._sampled = True
             plan = self._planned  # it has what `_batch` has, in lists: most passes are like the one before
-            if plan is None or not step.goes_on(
+            if not step.goes_on(
                 runner.input_batch.req_ids,
                 plan.total_num_scheduled_tokens,
                 sum(plan.scheduled_cached_reqs.num_computed_tokens),
@@ -115,7 +132,7 @@ class RunnerV1:
                 # where embeddings are given, the runner keeps their token ids
                 tokens = runner.input_ids.gpu[: int(starts[-1])] if input_ids is None else input_ids
                 state.begin(ids, starts, computed, tokens, inputs_embeds, intermediate_tensors)
-                watch(step.check_logits or step.forced)
+                samples.take(step.check_logits or step.forced)
             elif step.busy:
                 state.begin_stream(input_ids, inputs_embeds, intermediate_tensors)
             try:
@@ -126,10 +143,11 @@ class RunnerV1:
                 sampled.prompt(hidden, compute_logits)
             return hidden
 
-        runner._model_forward = model_forward
+        return _Detour(runner, "_model_forward", model_forward)
 
-    def _follow_samples(self, runner: Any, state: WorkerState, sampled: SampledRows) -> Callable[[bool], None]:
-        """Return what has samples go through us, or not."""
+    @staticmethod
+    def _samples(runner: Any, state: WorkerState, sampled: SampledRows) -> _Detour:
+        """Return the way of samples through us, for as long as a request of the batch needs it."""
         sample = runner.sampler.sample
 
         def with_ours(logits: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -140,12 +158,7 @@ class RunnerV1:
                 tokens = sampled.force(tokens, runner.input_batch.req_ids)
             return tokens, processed
 
-        def watch(needed: bool) -> None:
-            if needed != self._watching:
-                self._watching = needed
-                runner.sampler.sample = with_ours if needed else sample
-
-        return watch
+        return _Detour(runner.sampler, "sample", with_ours)
 
     @staticmethod
     def _batch(runner: Any) -> tuple[Sequence[str | None], Any, Any]:
