@@ -176,10 +176,11 @@ def install(scheduler: Any, admission: Admission) -> None:
     """
     if not hasattr(scheduler, "trimtab_admission"):
         scheduler.trimtab_admission = admission
-        scheduler.__class__ = _admitting(type(scheduler))
+        vocabulary = scheduler.vllm_config.model_config.get_vocab_size()
+        scheduler.__class__ = _admitting(type(scheduler), vocabulary)
 
 
-def _admitting(stock: Any) -> type:
+def _admitting(stock: Any, vocabulary: int) -> type:
     # of one base only: an instance can change its class only to one of the same memory layout
     class Admitting(stock):  # type: ignore[misc]
         """What changes in a scheduler: a request that is kept outside is not among its `requests`."""
@@ -187,13 +188,17 @@ def _admitting(stock: Any) -> type:
         trimtab_admission: Admission
 
         def add_request(self, request: Any) -> None:
-            name = request.request_id
-            problem = _problem(request, self.vllm_config.model_config.get_vocab_size())
-            if problem is not None:
-                self.trimtab_admission.refuse(name, request, problem)
-            elif name in self.requests or self.trimtab_admission.arrive(name, _digest(request), request):
-                return stock.add_request(self, request)
-            self.__class__ = Holding
+            name, gate = request.request_id, self.trimtab_admission
+            try:
+                digest = _digest(request, vocabulary)
+            except TrimtabError as problem:
+                admitted = gate.refuse(name, request, problem)
+            else:
+                admitted = name in self.requests or gate.arrive(name, digest, request)
+            if admitted:
+                stock.add_request(self, request)
+            else:
+                self.__class__ = Holding
 
         def _free_request(self, request: Any, delay_free_blocks: bool = False) -> Any:
             freed = stock._free_request(self, request, delay_free_blocks=delay_free_blocks)
@@ -243,8 +248,12 @@ def _admitting(stock: Any) -> type:
     return Admitting
 
 
-def _problem(request: Any, vocabulary: int) -> TrimtabError | None:
-    """Say why what a request asks for cannot be: in a worker, an exception would end the engine."""
+def _digest(request: Any, vocabulary: int) -> str | None:
+    """Return the digest of what steers a request, None of an unsteered one.
+
+    Raises:
+        TrimtabError: what the request asks for cannot be; in a worker, an exception would end the engine.
+    """
     params = request.sampling_params
     try:
         data = RequestData.of(params.extra_args if params is not None else None)
@@ -255,23 +264,16 @@ def _problem(request: Any, vocabulary: int) -> TrimtabError | None:
         for site in data.capture.sites if data.capture is not None else ():
             Site.parse(site)
         data.check(request.num_prompt_tokens, vocabulary)
-    except TrimtabError as error:
-        return error
+        return None if data.digest is None else str(data.digest)
+    except TrimtabError:
+        raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
-        return InputError(f"extra_args[{KEY!r}] is malformed; make requests with trimtab.vllm.attach(llm).params(...)")
-    return None
-
-
-def _ours(request: Any) -> dict[str, Any]:
-    params = getattr(request, "sampling_params", None)
-    ours = params.extra_args.get(KEY) if params is not None and params.extra_args else None
-    return ours if isinstance(ours, dict) else {}
+        raise InputError(
+            f"extra_args[{KEY!r}] is malformed; make requests with trimtab.vllm.attach(llm).params(...)"
+        ) from None
 
 
 def _label(request: Any) -> str:
-    return str(_ours(request).get("id", ""))
-
-
-def _digest(request: Any) -> str | None:
-    steering = _ours(request).get("steering")
-    return str(steering["digest"]) if isinstance(steering, dict) and "digest" in steering else None
+    params = getattr(request, "sampling_params", None)
+    ours = params.extra_args.get(KEY) if params is not None and params.extra_args else None
+    return str(ours.get("id", "")) if isinstance(ours, dict) else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -28,23 +29,26 @@ class GainTable:
     Attributes:
         rows: [T, K] for positions below T.
         tail: [K] for every position from T on; None when rows beyond T need their token ids.
+        wide: [K] or more, the same as `tail` and NaN behind it.
         keys: what the columns are.
     """
 
     rows: Floats
     tail: Floats | None
+    wide: Floats
     keys: tuple[Key, ...]
     prompt_length: int
     _selected: dict[tuple[int, int], Ints | None] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, keys: tuple[Key, ...], prompt_ids: list[int], length: int) -> GainTable:
+    def of(cls, keys: tuple[Key, ...], prompt_ids: list[int], length: int, width: int = 0) -> GainTable:
         """Resolve the keys for one request.
 
         Args:
             keys: positions and gain.
             prompt_ids: the prompt's tokens.
             length: rows that the sequence has at most.
+            width: numbers in `wide`.
         """
         prompt = len(prompt_ids)
         by_token = any(positions.needs_tokens for positions, _ in keys)
@@ -58,7 +62,9 @@ class GainTable:
         where = torch.arange(size + 1)
         ids = torch.tensor([*prompt_ids, -1]) if by_token else None
         values = _values(keys, where, prompt, ids)
-        return cls(values[:size], None if by_token else values[size], keys, prompt)
+        wide = np.full(max(width, len(keys)), np.nan, np.float32)
+        wide[: len(keys)] = values[size]
+        return cls(values[:size], None if by_token else values[size], wide, keys, prompt)
 
     def at(self, start: int, stop: int, token_ids: torch.Tensor | None = None) -> Floats:
         """Return the gains of rows [start, stop), float32 [n, K]."""
@@ -109,9 +115,7 @@ class Bound:
     data: RequestData
     prompt_ids: list[int]
     number: int
-    """Its place in the tables of a step, from 1."""
-    shadow: int = 0
-    """A second place, for rows that are computed again after a preemption: they are steered and not counted."""
+    """Its place in the tables of a step, from 1; the next one is its `shadow`."""
     slot: int = 0
     program: Program | None = None
     table: GainTable | None = None
@@ -133,8 +137,23 @@ class Bound:
     cached: int = 0
     """Rows of the prompt that came from the prefix cache, and so were not computed."""
     first: bool = True
+    alike_from: int = sys.maxsize
+    """Position from which nothing of the request but the position changes from row to row, once `foresee` said so."""
+    reach: int = -1
+    """The last tap where its steering acts."""
     problems: list[str] = field(default_factory=list)
     """Why ops did not act where they should have."""
+    watched: bool = field(init=False)
+    """Whether a pass needs more for it than its rows: tokens forced, or logits looked at."""
+
+    def __post_init__(self) -> None:
+        data, capture = self.data, self.data.capture
+        self.watched = data.forced is not None or data.check_logits or bool(capture and capture.prompt_logits)
+
+    @property
+    def shadow(self) -> int:
+        """A second place, for rows that are computed again after a preemption: they are steered and not counted."""
+        return self.number + 1
 
     @property
     def prompt_length(self) -> int:
@@ -146,6 +165,12 @@ class Bound:
         """Whether the ids of its rows decide which are chosen."""
         steered = self.table is not None and self.table.tail is None
         return steered or (self.captured is not None and self.captured.needs_tokens)
+
+    def foresee(self) -> None:
+        """Say from which position on its rows are alike."""
+        steady = self.steady_from()
+        if steady is not None:
+            self.alike_from = max(steady, self.prompt_length)
 
     def steady_from(self) -> int | None:
         """Position from which nothing of the request changes from row to row; None when there is none."""

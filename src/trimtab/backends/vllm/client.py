@@ -32,6 +32,8 @@ MAX_MADE = 16384
 """Requests made and not collected whose steerings are kept; as many as a worker keeps results of."""
 _FRESH = frozenset({"generated", "response", "last_prompt"})
 """Selections whose rows are computed whatever the prefix cache holds."""
+_SETTINGS = frozenset({"sites", "edit", "positions", "prompt_logits", "reduce", "forced", "dose", "check_logits"})
+"""What `Client.params` passes on to `Client.extra_args`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,11 +283,7 @@ class Client:
         """Return vLLM's `SamplingParams` for one request: settings of `extra_args`, and those of SamplingParams."""
         from vllm.sampling_params import SamplingParams  # vllm's own attribute imports anew at every look
 
-        ours = {
-            name: settings.pop(name)
-            for name in ("sites", "edit", "positions", "prompt_logits", "reduce", "forced", "dose", "check_logits")
-            if name in settings
-        }
+        ours = {name: settings.pop(name) for name in _SETTINGS & settings.keys()}
         if ours.get("forced") is not None:
             settings |= {"max_tokens": len(ours["forced"]), "ignore_eos": True}
         extra = {**(settings.pop("extra_args", None) or {}), **self.extra_args(steering, **ours)}
@@ -450,6 +448,8 @@ def attach(llm: Any) -> Client:
 
 def _check_idle(edit: Sequence[str], positions: str | Positions, prompt_logits: bool, reduce: str | Tensor) -> None:
     """Refuse what only says how sites are recorded, where none are."""
+    if edit == ("after",) and positions == "all" and not prompt_logits and isinstance(reduce, str) and not reduce:
+        return
     given = {
         "edit": tuple(edit) != ("after",),
         "positions": positions != "all",

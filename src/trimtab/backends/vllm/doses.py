@@ -109,14 +109,14 @@ class DoseRecorder:
             picked: dict[Ops, Floats] = {}  # [ops, passes, rows, 5]; requests whose ops are at the same places share it
             row = 0
             for span in measured.spans:
-                rows = slice(row, row + span.count)
-                row += span.count
+                rows = slice(row, row + span.length)
+                row += span.length
                 listed = self._ops(span.bound, logits=logits)
                 for ops in listed.values():
                     if ops not in picked:
                         sites, numbers = zip(*((self._number[site] - first, op) for site, op in ops), strict=True)
                         picked[ops] = values[:, sites, :, numbers]
-                positions = (np.arange(span.start, span.start + span.count) + shifts[:, None]).ravel()
+                positions = (np.arange(span.start, span.start + span.length) + shifts[:, None]).ravel()
                 kept = self._kept.setdefault(span.bound.req_id, [])
                 for key, ops in listed.items():
                     own = np.array(picked[ops][:, :, rows], order="C")  # a view would keep what the whole batch did

@@ -70,10 +70,10 @@ class LiveStage:
         one = span.bound
         assert one.program is not None
         program: SiteProgram = one.program[self.site]
-        rows = slice(span.first, span.first + span.count)
+        rows = slice(span.first, span.first + span.length)
         own = x[rows]
         state = own.float() if self._residual is None else self._residual[rows].float() + own.float()
-        positions = torch.arange(span.start, span.start + span.count, device=x.device)
+        positions = torch.arange(span.start, span.start + span.length, device=x.device)
         ids = None if one.token_ids is None else one.token_ids.to(x.device)
         detail: Detail = "counts" if buffer is None and one.counted <= span.start else "full"
         try:

@@ -46,7 +46,7 @@ class SampledRows:
             places = {
                 span.bound.req_id: span.bound.number
                 for span in step.spans
-                if span.bound.data.check_logits and span.start + span.count >= span.bound.prompt_length
+                if span.bound.data.check_logits and span.start + span.length >= span.bound.prompt_length
             }
             numbers = torch.tensor([places.get(name or "", 0) for name in ids])  # 0: noted of nobody
             if flags.device.type == "cuda":  # so that nothing waits for the device
@@ -88,7 +88,7 @@ class SampledRows:
         """
         for span in self._state.step.spans if self._state.step.prompt_logits else ():
             one = span.bound
-            stop = min(span.start + span.count, one.prompt_length - 1)
+            stop = min(span.start + span.length, one.prompt_length - 1)
             wants = one.data.capture is not None and one.data.capture.prompt_logits and LOGITS in one.capture_sites
             if not wants or span.start >= stop or one.captured is None:
                 continue

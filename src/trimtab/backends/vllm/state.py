@@ -68,6 +68,8 @@ class _Known:
     special: tuple[Site, ...]
     counted: Counted
     """Its ops at the sites that this worker holds."""
+    reach: int
+    """The last tap where it acts."""
     tables: dict[tuple[int, int], GainTable] = field(default_factory=dict)
     """Gains by the lengths of prompt and sequence, where tokens do not matter."""
 
@@ -107,7 +109,7 @@ class WorkerState:
         here = {site for site, tap in self.tap_of.items() if not tap.sharded}
         if sites.num_layers - 1 in sites.layers:
             here.add(Site.parse("logits"))
-        self._numbers = list(range(4 * max_requests, 0, -1))
+        self._numbers = list(range(4 * max_requests - 1, 0, -2))  # the next of each is a shadow
         steered = [site for site in self.steered if site in here]
         places = (len(steered), 4 * max_requests + 1, config.ops_per_site, 3)
         counts = torch.zeros(places, dtype=torch.int64, device=device)
@@ -239,7 +241,8 @@ class WorkerState:
             for site, steps in program.items()
             if site in self.banks  # another pipeline stage holds the other layers
         )
-        return _Known(steering, program, keys, tuple(pairs[key] for key in keys), tuple(special), counted)
+        columns = tuple(pairs[key] for key in keys)
+        return _Known(steering, program, keys, columns, tuple(special), counted, self.step.reach(program))
 
     def register_directions(self, digest: str, directions: Tensor) -> None:
         """Take directions [k, width] that requests have rows projected on; the least recently used make room."""
@@ -315,7 +318,7 @@ class WorkerState:
         data = RequestData.of(extra_args)
         if data is None:
             return
-        if len(self._numbers) < 2:
+        if not self._numbers:
             raise BackendError("more requests are tracked than the engine has places for; lower max_num_seqs")
         one = Bound(req_id=req_id, data=data, prompt_ids=prompt_ids, number=0)
         if data.capture is not None:
@@ -330,12 +333,10 @@ class WorkerState:
                     f"request {req_id}: steering {data.digest[:16]} was never registered with this engine"
                 )
             self._steer(one, known, max_tokens)
-        one.number, one.shadow = self._numbers.pop(), self._numbers.pop()  # now that nothing can fail
-        for number in (one.number, one.shadow):
-            self.step.slot_of(number, one.slot)
+        one.number = self._numbers.pop()  # now that nothing can fail
+        self.step.slot_of(one.number, one.slot)
         if one.counted_ops is not None:
-            self._counts[:, one.number] = 0
-            self._counts[:, one.shadow] = 0
+            self._counts[:, one.number : one.number + 2] = 0
         if data.check_logits:
             self.nonfinite_logits[one.number] = False
         self.bound[req_id] = one
@@ -361,11 +362,11 @@ class WorkerState:
                     bank.clear(one.slot)
             self._packed[one.slot] = one.data.digest
         one.program, one.keys, one.special = known.program, known.keys, known.special
-        one.counted_ops = known.counted
+        one.counted_ops, one.reach = known.counted, known.reach
         lengths = (one.prompt_length, min(one.prompt_length + max_tokens, self.max_length))
         one.table = known.tables.get(lengths)
         if one.table is None:
-            one.table = GainTable.of(known.pairs, one.prompt_ids, lengths[1])
+            one.table = GainTable.of(known.pairs, one.prompt_ids, lengths[1], self.config.keys_per_steering)
             if one.table.tail is not None:
                 if len(known.tables) >= MAX_TABLES:
                     known.tables.clear()
@@ -382,9 +383,8 @@ class WorkerState:
             self._keep(left)
         if one.data.digest is not None:
             self.slots.give(one.data.digest)
-        for number in (one.number, one.shadow):
-            self.step.slot_of(number, 0)
-            self._numbers.append(number)
+        self.step.slot_of(one.number, 0)
+        self._numbers.append(one.number)
 
     def _result(self, one: Bound) -> Left:
         digest = self._packed.get(self.step.slot_at(one.number))  # by the table that the taps read
@@ -481,4 +481,6 @@ def resolve(patterns: Sequence[str], existing: Sequence[Site], num_layers: int) 
 
 
 def _size(left: Left) -> int:
+    if not left.captured and not left.full:
+        return 0
     return sum(rows.nbytes for rows, _ in left.captured.values()) + sum(one.values.nbytes for one in left.full)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,17 +21,15 @@ from trimtab.sites import Site
 from trimtab.steering import Positions
 
 Ints = np.ndarray[Any, np.dtype[Any]]
-_MAX_REACH = 4096
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """The rows of one request in this pass."""
 
     bound: Bound
     first: int
     """First row."""
-    count: int
+    length: int
     start: int
     """Absolute position of the first row."""
 
@@ -118,7 +116,6 @@ class Step:
         self._taps: list[Ints] = []
         self._tap_of: dict[Site, int] = {}
         self._asked: set[int] = set()
-        self._reach: dict[str, int] = {}
         self._embeds: tuple[tuple[int, int], Tensor | None, Tensor | None] = (0, 0), None, None
         """Addresses that the kernel knows, of ids and table, and what lies there, so that it stays."""
         self._id, self._passes = id(self), op.passes
@@ -169,11 +166,15 @@ class Step:
         self._tap_of |= dict.fromkeys(sites, number)
         return number, own
 
+    def reach(self, sites: Iterable[Site]) -> int:
+        """Return the last tap among some sites, -1 without one."""
+        return max((self._tap_of.get(site, -1) for site in sites), default=-1)
+
     def slot_of(self, number: int, slot: int) -> None:
-        """Say which slot a tracked request uses."""
-        self._host["slot_of"][number] = slot
+        """Say which slot a tracked request uses, and its shadow."""
+        self._host["slot_of"][number : number + 2] = slot
         if self.device.type != "cpu":
-            self.rows.slot_of[number] = slot
+            self.rows.slot_of[number : number + 2] = slot
         self._steady = False
 
     def slot_at(self, number: int) -> int:
@@ -228,7 +229,9 @@ class Step:
         self.settle()
         self._fill(bound, req_ids, starts, computed, token_ids, total)
         self._batch, self._computed = list(req_ids), before + total
-        self._steady = total == len(req_ids) and all(_settled(span) for span in self.spans)
+        self._steady = total == len(req_ids) and all(
+            span.start >= max(span.bound.alike_from, span.bound.counted) for span in self.spans
+        )
         self._measure()
         self._direct()
 
@@ -286,14 +289,24 @@ class Step:
         if token_ids is not None and self.device.type != "cpu":  # waits for the device
             token_ids = token_ids.cpu() if any(one.needs_tokens for one in bound.values()) else None
         self.token_ids = token_ids
+        alike: list[Span] = []
         for req_id, (first, last), start in zip(req_ids, pairwise(starts.tolist()), computed.tolist(), strict=True):
             one = bound.get(req_id) if req_id is not None else None
             if one is None:
                 continue
             span = Span(one, first, last - first, start)
-            self._place(span, token_ids)
+            if last - first == 1 and one.alike_from <= start == one.done:
+                one.counted, one.done = start, last - first + start
+                alike.append(span)
+            else:
+                self._place(span, token_ids)
             if one.captured is not None:
                 self._want(span, token_ids, recorded)
+            if one.watched:
+                self._watch(one)
+            self.spans.append(span)
+        if alike:
+            self._place_alike(alike)
         self._group(recorded)
         self.rows.n = self._filled = total
         if self.device.type != "cpu":
@@ -302,18 +315,16 @@ class Step:
 
     def _place(self, span: Span, token_ids: Tensor | None) -> None:
         one, host, first, start = span.bound, self._host, span.first, span.start
-        last, stop = first + span.count, start + span.count
+        last, stop = first + span.length, start + span.length
         if one.first:
             one.first, one.cached, one.done = False, start, start
+            one.foresee()
         one.counted = one.done
-        if span.count == 1:  # most rows of a busy engine: numbers are set faster than slices of one
-            host["binding"][first] = one.shadow if one.done > start else one.number
-            host["positions"][first] = start
-        else:
-            again = min(max(one.done - start, 0), span.count)
-            host["binding"][first:last] = one.number
+        again = min(max(one.done - start, 0), span.length)
+        host["binding"][first:last] = one.number
+        if again:
             host["binding"][first : first + again] = one.shadow
-            host["positions"][first:last] = np.arange(start, stop)
+        host["positions"][first:last] = np.arange(start, stop)
         if one.table is not None:
             ids = None if token_ids is None else token_ids[first:last]
             gains = one.table.at(start, stop, ids)
@@ -322,10 +333,21 @@ class Step:
             for site in one.special:
                 self.special.setdefault(site, []).append(span)
         one.done = max(one.done, stop)
-        self.forced = self.forced or one.data.forced is not None
-        self.check_logits = self.check_logits or one.data.check_logits
-        self.prompt_logits = self.prompt_logits or (one.data.capture is not None and one.data.capture.prompt_logits)
-        self.spans.append(span)
+
+    def _place_alike(self, spans: Sequence[Span]) -> None:
+        """Place requests that go on, with one row each: most of a busy engine."""
+        host, rows = self._host, [span.first for span in spans]
+        host["binding"][rows] = [span.bound.number for span in spans]
+        host["positions"][rows] = [span.start for span in spans]
+        steered = [(span.first, span.bound.table.wide) for span in spans if span.bound.table is not None]
+        if steered:
+            first, gains = zip(*steered, strict=True)
+            host["gain"][list(first)] = np.concatenate(gains).reshape(len(first), -1)
+
+    def _watch(self, one: Bound) -> None:
+        self.forced |= one.data.forced is not None
+        self.check_logits |= one.data.check_logits
+        self.prompt_logits |= one.data.capture is not None and one.data.capture.prompt_logits
 
     def _want(
         self, span: Span, token_ids: Tensor | None, recorded: dict[frozenset[Site], list[tuple[Span, Tensor]]]
@@ -333,10 +355,10 @@ class Step:
         one = span.bound
         assert one.captured is not None
         if one.captured.needs_tokens:
-            ids = None if token_ids is None else token_ids[span.first : span.first + span.count]
-            chosen = _chosen(one.captured, span.start, span.count, one.prompt_length, ids)
+            ids = None if token_ids is None else token_ids[span.first : span.first + span.length]
+            chosen = _chosen(one.captured, span.start, span.length, one.prompt_length, ids)
         else:
-            chosen = _chosen_alike(one.captured, span.start, span.count, one.prompt_length)
+            chosen = _chosen_alike(one.captured, span.start, span.length, one.prompt_length)
         if chosen.numel():
             recorded.setdefault(one.capture_sites, []).append((span, chosen))
 
@@ -363,10 +385,10 @@ class Step:
         spans = []
         for span in self.spans:
             if span.bound.data.dose == "full" and span.bound.program is not None:
-                again = min(max(span.bound.counted - span.start, 0), span.count)
-                spans.append(Span(span.bound, span.first + again, span.count - again, span.start + again))
+                again = min(max(span.bound.counted - span.start, 0), span.length)
+                spans.append(Span(span.bound, span.first + again, span.length - again, span.start + again))
         if spans:
-            rows = np.concatenate([np.arange(span.first, span.first + span.count) for span in spans])
+            rows = np.concatenate([np.arange(span.first, span.first + span.length) for span in spans])
             places = torch.from_numpy(rows).to(self.device)
             self.measured = Measured(tuple(spans), places, rows, self._host["gain"][rows])
 
@@ -376,23 +398,9 @@ class Step:
         for number in self._asked ^ asked:
             self._taps[number][1] = number in asked
         self._asked = asked
-        last = max(asked, default=-1)
-        for span in self.spans:
-            if span.bound.slot:
-                last = max(last, self._reached(span.bound))
+        last = max([*asked, *[span.bound.reach for span in self.spans]], default=-1)
         self._control[1], self._control[2], self._control[3] = self.rows.n, last, self.measured is not None
         self.busy = self.active = last >= 0
-
-    def _reached(self, one: Bound) -> int:
-        """Return the last tap where a steering acts."""
-        assert one.data.digest is not None
-        found = self._reach.get(one.data.digest)
-        if found is None:
-            if len(self._reach) >= _MAX_REACH:
-                self._reach.clear()
-            found = max((self._tap_of.get(site, -1) for site in one.program or ()), default=-1)
-            self._reach[one.data.digest] = found
-        return found
 
     def end(self) -> None:
         """Have taps do nothing until the next pass begins; compiled graphs call them still, until `active` is unset."""
@@ -406,9 +414,3 @@ def _chosen(captured: Positions, start: int, count: int, prompt_length: int, ids
 
 _chosen_alike = lru_cache(maxsize=256)(_chosen)
 """For requests of equal lengths; not to be written to."""
-
-
-def _settled(span: Span) -> bool:
-    """Whether nothing but the position will change while the request has one row in each pass."""
-    steady = span.bound.steady_from()
-    return steady is not None and span.start >= max(steady, span.bound.prompt_length, span.bound.counted)

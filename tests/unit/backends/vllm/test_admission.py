@@ -390,6 +390,27 @@ def test_requests_of_a_connector_that_ended_are_seen_behind_the_queue() -> None:
 
 
 @needs_vllm
+@pytest.mark.parametrize("end", ["runs", "is aborted", "is refused"])
+def test_a_step_of_the_scheduler_is_stocks_while_nothing_is_kept_outside(end: str) -> None:
+    engine = Engine(Admission(1, "refuse" if end == "is refused" else "wait"))
+    scheduler, (_, ours, stock, *_) = engine.scheduler, (None, *type(engine.scheduler).__mro__)
+    per_step = ("schedule", "update_from_output", "get_request_counts", "has_finished_requests", "finish_requests")
+
+    def overridden() -> bool:
+        return any(getattr(type(scheduler), name) is not getattr(stock, name) for name in per_step)
+
+    engine.add("a", "A", tokens=6)
+    assert type(scheduler) is ours and not overridden()
+    engine.add("b", "B")
+    assert overridden()
+    if end == "is aborted":
+        scheduler.finish_requests("b", _aborted())
+    engine.drain()
+    assert engine.outcomes["a"] == "length"
+    assert type(scheduler) is ours and not overridden()
+
+
+@needs_vllm
 def test_installing_twice_keeps_one_layer() -> None:
     engine = Engine(Admission(1))
     install(engine.scheduler, engine.admission)

@@ -282,7 +282,7 @@ def test_graphs_are_captured_with_the_kernels_of_the_taps_in_them(second: Any) -
 
 def test_rows_that_were_filled_and_are_padding_now_are_nobodys() -> None:
     step = Step(8, 2, 1, torch.device("cpu"))
-    bound = {"a": Bound(req_id="a", data=RequestData(label="a"), prompt_ids=[1] * 6, number=1, shadow=2)}
+    bound = {"a": Bound(req_id="a", data=RequestData(label="a"), prompt_ids=[1] * 6, number=1)}
     step.begin(bound, ["a"], torch.tensor([0, 6]).numpy(), torch.tensor([0]).numpy(), None)
     assert step.rows.binding.tolist() == [1] * 6 + [0] * 2
     step.begin(bound, ["a"], torch.tensor([0, 1]).numpy(), torch.tensor([6]).numpy(), None)

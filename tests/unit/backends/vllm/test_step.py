@@ -83,10 +83,10 @@ def draw_request(draw: random.Random, name: str, numbers: list[int], calm: bool)
 def bind(one: Known, numbers: list[int]) -> Bound:
     keys = tuple((Positions.parse(text), gain) for text, gain in one.keys)
     data = RequestData(label=one.name, digest=one.name if keys else None, dose="full" if one.full else "counts")
-    made = Bound(req_id=one.name, data=data, prompt_ids=one.prompt, number=numbers.pop(), shadow=numbers.pop())
+    made = Bound(req_id=one.name, data=data, prompt_ids=one.prompt, number=numbers.pop())
     if keys:
-        made.slot, made.program = 1, {A: None}  # type: ignore[assignment]
-        made.table = GainTable.of(keys, one.prompt, len(one.prompt) + one.wanted)
+        made.slot, made.program, made.reach = 1, {A: None}, TAPS[A]  # type: ignore[assignment]
+        made.table = GainTable.of(keys, one.prompt, len(one.prompt) + one.wanted, KEYS)
     if one.capture is not None:
         made.captured, made.capture_sites, made.edits = Positions.parse(one.capture), one.sites, ("after",)
     return made
@@ -97,7 +97,7 @@ class Driver:
 
     def __init__(self, seed: int, calm: bool) -> None:
         self.draw, self.calm = random.Random(seed), calm
-        self.numbers = list(range(PLACES, 0, -1))
+        self.numbers = list(range(PLACES - 1, 0, -2))
         self.step = Step(ROWS, PLACES, KEYS, CPU)
         for site in (A, B):
             self.step.join([site])
@@ -232,7 +232,7 @@ def test_random_schedules_reach_steady_passes_and_rows_computed_again() -> None:
 
 def decoding(count: int, prompt: int = 4, **more: Any) -> tuple[Step, list[Known], dict[str, Bound]]:
     """Return requests whose prompts were just computed."""
-    step, numbers = Step(ROWS, PLACES, KEYS, CPU), list(range(PLACES, 0, -1))
+    step, numbers = Step(ROWS, PLACES, KEYS, CPU), list(range(PLACES - 1, 0, -2))
     step.join([A])
     given = {"keys": [("all", Constant(1.0))], "capture": None, "sites": frozenset({A}), "full": False, "wanted": 20}
     every = [
