@@ -281,7 +281,7 @@ class WorkerState:
             self.begin_stream(token_ids, embeds, intermediate)
 
     def begin_stream(self, token_ids: Tensor | None, embeds: Tensor | None, intermediate: Any) -> None:
-        """Begin the stream of a pass that `Step.goes_on` began."""
+        """Begin the stream of a pass that `Step.goes_on` began, where the kernel does not (`Step.table`)."""
         if self.residual is None:
             return
         if self.table is not None and embeds is None and token_ids is not None and self.step.native:
@@ -302,10 +302,8 @@ class WorkerState:
 
     def end(self) -> None:
         """Close a forward pass, and keep the full doses that it measured."""
-        step = self.step
-        if step.measured is not None:
-            self.doses.take(step)
-        step.end()
+        self.step.end()
+        self.doses.take(self.step)
 
     # requests
 

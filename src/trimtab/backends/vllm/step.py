@@ -16,6 +16,7 @@ from torch import Tensor
 from trimtab.backends.vllm import op
 from trimtab.backends.vllm.bank import StepRows
 from trimtab.backends.vllm.bound import Bound
+from trimtab.backends.vllm.kernels import native
 from trimtab.errors import BackendError
 from trimtab.sites import Site
 from trimtab.steering import Positions
@@ -81,12 +82,13 @@ class Step:
         }
         self._host = {name: tensor.numpy() for name, tensor in host.items()}
         self._tensors = host
+        self._slot_of: memoryview[int] = self._host["slot_of"].data
         on_device = host if device.type == "cpu" else {name: one.to(device) for name, one in host.items()}
         self.rows = StepRows(n=0, **on_device)
         self.control = torch.zeros(8, dtype=torch.int64)
         """What the CPU kernel reads: whether a pass is running that has something to do; its rows; the last tap that
-        has something to do; whether full doses are wanted; and where the first tap looks up what begins the stream:
-        address of the ids (0: nowhere), bytes of one, address of the table, its rows."""
+        has something to do; whether full doses are wanted; what the first tap begins the stream with (a handle; 0:
+        it has begun)."""
         self._control: memoryview[int] = self.control.numpy().data  # quicker to write to than the array
         self.native = False
         """Whether the CPU kernel runs the taps."""
@@ -116,10 +118,10 @@ class Step:
         self._taps: list[Ints] = []
         self._tap_of: dict[Site, int] = {}
         self._asked: set[int] = set()
-        self._embeds: tuple[tuple[int, int], Tensor | None, Tensor | None] = (0, 0), None, None
-        """Addresses that the kernel knows, of ids and table, and what lies there, so that it stays."""
+        self.table: Tensor | None = None
+        """Whose rows the kernel begins the stream with; None: it does not begin it."""
         self._id, self._passes = id(self), op.passes
-        weakref.finalize(self, op.passes.pop, self._id, None)
+        weakref.finalize(self, _leave, self._id, self._control)
 
     @property
     def nbytes(self) -> int:
@@ -140,20 +142,20 @@ class Step:
             self._passes.pop(self._id, None)
 
     def embed(self, ids: Tensor | None, table: Tensor | None) -> None:
-        """Have the first tap of the pass begin the stream with rows of a table, in the CPU kernel; None: it has begun.
+        """Have the first tap of each pass begin the stream with rows of a table, in the CPU kernel; None: it has begun.
 
         Args:
-            ids: int32 or int64, of every row of the pass.
+            ids: int32 or int64, of every row of this pass; those of the passes that go on from it begin at the same
+                address.
             table: [vocabulary, width] in the model's dtype.
         """
-        found = (0, 0) if ids is None or table is None else (ids.data_ptr(), table.data_ptr())
-        if found == self._embeds[0]:
-            return
-        self._embeds, self._control[4] = (found, ids, table), 0
-        if ids is not None and table is not None:
+        kernel = native()
+        _forget(self._control)
+        self.table = None
+        if ids is not None and table is not None and kernel is not None:
             if ids.dtype not in (torch.int32, torch.int64) or not (ids.is_contiguous() and table.is_contiguous()):
                 raise BackendError(f"token ids {ids.dtype}: contiguous integers, and a contiguous table, were expected")
-            self.control[4:] = torch.tensor([ids.data_ptr(), ids.element_size(), table.data_ptr(), len(table)])
+            self._control[4], self.table = kernel.lookup(ids, table), table
 
     def join(self, sites: Iterable[Site]) -> tuple[int, Tensor]:
         """Take up a tap, in the order of a forward pass.
@@ -172,14 +174,14 @@ class Step:
 
     def slot_of(self, number: int, slot: int) -> None:
         """Say which slot a tracked request uses, and its shadow."""
-        self._host["slot_of"][number : number + 2] = slot
+        self._slot_of[number] = self._slot_of[number + 1] = slot
         if self.device.type != "cpu":
             self.rows.slot_of[number : number + 2] = slot
         self._steady = False
 
     def slot_at(self, number: int) -> int:
         """Return which slot a tracked request uses."""
-        return int(self._host["slot_of"][number])
+        return self._slot_of[number]
 
     def forget(self) -> None:
         """Have the next pass fill the tables anew: the set of requests changes."""
@@ -405,6 +407,18 @@ class Step:
     def end(self) -> None:
         """Have taps do nothing until the next pass begins; compiled graphs call them still, until `active` is unset."""
         self._control[0] = 0
+
+
+def _forget(control: memoryview[int]) -> None:
+    kernel = native() if control[4] else None
+    if kernel is not None:
+        kernel.forget(control[4])
+        control[4] = 0
+
+
+def _leave(number: int, control: memoryview[int]) -> None:
+    op.passes.pop(number, None)
+    _forget(control)
 
 
 def _chosen(captured: Positions, start: int, count: int, prompt_length: int, ids: Tensor | None = None) -> Tensor:

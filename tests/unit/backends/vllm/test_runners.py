@@ -91,6 +91,7 @@ class Graphed:
             num_computed_tokens_cpu=np.zeros(0),
         )
         self.query_start_loc = SimpleNamespace(np=np.zeros(1))
+        self.input_ids = SimpleNamespace(gpu=torch.zeros(0))
         self.seen: list[tuple[str, bool, int]] = []
         self.step: Any = None
 
@@ -116,7 +117,6 @@ def state_of(step: Step, **settings: Any) -> Any:
     usual = {
         "bind": lambda req_id, *asked: bound.update({req_id: None}),
         "release": lambda req_id: bound.pop(req_id, None),
-        "end": step.end,
         "config": SimpleNamespace(keys_per_steering=1),
     }
     usual |= {"graphs": False, "recorded": (), "banks": {}, "nonfinite_logits": None}

@@ -46,6 +46,10 @@ class Native(NamedTuple):
     without Python, and asks `trimtab::live_` when its `own` says so."""
     leave: Any
     """(tap)."""
+    lookup: Any
+    """(ids, table) -> handle, of what begins the stream (`Step.embed`)."""
+    forget: Any
+    """(handle)."""
     site: Any
     """(x, tap): `trimtab::site_` as a plain function; None where Python's headers are missing."""
 

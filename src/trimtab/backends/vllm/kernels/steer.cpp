@@ -697,20 +697,30 @@ void leave(std::string name) {
   taps.erase(name);
 }
 
-// Begin the stream: r[i] := table[ids[i]] for the rows of the pass.
-void embed(const at::Tensor& r, const int64_t* step) {
-  const int64_t n = step[1], size = r.size(1) * r.element_size(), stride = r.stride(0) * r.element_size();
+// What begins the stream: the ids of a pass, from the start of the buffer where those of all passes lie, and their table.
+struct Lookup { at::Tensor ids, table; };
+
+int64_t lookup(const at::Tensor& ids, const at::Tensor& table) {
+  TORCH_CHECK(ids.scalar_type() == at::kInt || ids.scalar_type() == at::kLong, "ids: ", ids.scalar_type());
+  return reinterpret_cast<int64_t>(new Lookup{ids, table});
+}
+
+void forget(int64_t handle) { delete reinterpret_cast<Lookup*>(handle); }
+
+// Begin the stream: r[i] := table[ids[i]] for the first n rows.
+void embed(const at::Tensor& r, const Lookup& given, int64_t n) {
+  const int64_t size = r.size(1) * r.element_size(), stride = r.stride(0) * r.element_size(), known = given.table.size(0);
   TORCH_CHECK(r.size(0) >= n, "embed: ", n, " rows in ", r.size(0));
-  const char* from = reinterpret_cast<const char*>(step[6]);
+  const char* from = static_cast<const char*>(given.table.const_data_ptr());
   char* to = static_cast<char*>(r.mutable_data_ptr());
   const auto run = [&](const auto* id) {
     for (int64_t i = 0; i < n; ++i) {
-      TORCH_CHECK(0 <= id[i] && id[i] < step[7], "token id ", id[i], " of ", step[7]);
+      TORCH_CHECK(0 <= id[i] && id[i] < known, "token id ", id[i], " of ", known);
       std::memcpy(to + i * stride, from + id[i] * size, size);
     }
   };
-  if (step[5] == 4) run(reinterpret_cast<const int32_t*>(step[4]));
-  else run(reinterpret_cast<const int64_t*>(step[4]));
+  if (given.ids.scalar_type() == at::kInt) run(given.ids.const_data_ptr<int32_t>());
+  else run(given.ids.const_data_ptr<int64_t>());
 }
 
 void site_(const at::Tensor& x, std::string name) {
@@ -722,7 +732,8 @@ void site_(const at::Tensor& x, std::string name) {
   if (tap) {
     if (tap->step[0] == 0 || tap->number > tap->step[2]) return;
     const int64_t n = tap->step[1];
-    if (tap->number == 0 && tap->step[4] && tap->stream) embed(*tap->stream, tap->step);
+    if (tap->number == 0 && tap->step[4] && tap->stream)
+      embed(*tap->stream, *reinterpret_cast<const Lookup*>(tap->step[4]), n);
     if (tap->own[1] == 0 && x.dim() == 2 && x.size(0) >= n) {
       ++tap->own[0];
       const at::Tensor seen = tap->to < 0 ? x : x.narrow(1, tap->from, tap->to - tap->from);
@@ -744,6 +755,8 @@ TORCH_LIBRARY(trimtab_cpu, m) {
   m.def("apply_(Tensor(a!) x, int bank, int n) -> ()");
   m.def("enroll(str tap, int[] banks, Tensor[] tables, Tensor? stream, int[] place) -> ()", &enroll);
   m.def("leave(str tap) -> ()", &leave);
+  m.def("lookup(Tensor ids, Tensor table) -> int", &lookup);
+  m.def("forget(int lookup) -> ()", &forget);
   m.def("update_(Tensor(a!) r, Tensor x, Tensor binding, int n, bool add) -> ()");
 }
 

@@ -129,16 +129,18 @@ class RunnerV1:
                 sum(plan.scheduled_cached_reqs.num_computed_tokens),
             ):
                 ids, starts, computed = self._batch(runner)
-                # where embeddings are given, the runner keeps their token ids
-                tokens = runner.input_ids.gpu[: int(starts[-1])] if input_ids is None else input_ids
+                # the ids of all passes lie here, also those of rows whose embeddings are given
+                tokens = runner.input_ids.gpu[: int(starts[-1])]
                 state.begin(ids, starts, computed, tokens, inputs_embeds, intermediate_tensors)
                 samples.take(step.check_logits or step.forced)
-            elif step.busy:
+            elif step.busy and (inputs_embeds is not None or state.table is None or state.table() is not step.table):
                 state.begin_stream(input_ids, inputs_embeds, intermediate_tensors)
             try:
                 hidden = forward(input_ids, positions, intermediate_tensors, inputs_embeds, **kwargs)
             finally:
-                state.end()
+                step.end()
+            if step.measured is not None:
+                state.doses.take(step)
             if step.prompt_logits and isinstance(hidden, Tensor):  # the last pipeline stage
                 sampled.prompt(hidden, compute_logits)
             return hidden
