@@ -74,7 +74,7 @@ class SiteBank:
         model_dtype: their dtype: float32, bfloat16 or float16.
         storage: dtype of the stored directions: float32, or bfloat16 for half the memory and rounded directions.
         kernel: "torch" uses the torch operations on the CPU too.
-        counts: int64 [max_bound + 1, J, 3] to count in, zeros; None makes it.
+        counts: int32 [max_bound + 1, J, 3] to count in, zeros; None makes it.
     """
 
     def __init__(
@@ -109,10 +109,10 @@ class SiteBank:
             param=zeros(*place, 4, dtype=torch.float32),
             directions=zeros(*place, self.each, width, dtype=storage),
             bounds=zeros(*place, self.each, 2 + self.each, dtype=torch.float32),
-            counts=zeros(max_bound + 1, ops_per_site, 3, dtype=torch.int64) if counts is None else counts,
+            counts=zeros(max_bound + 1, ops_per_site, 3, dtype=torch.int32) if counts is None else counts,
         )
         self.counts = self.tables.counts
-        """int64 [max_bound + 1, J, 3], per binding and op: rows that it selected; rows of them where a bound was
+        """int32 [max_bound + 1, J, 3], per binding and op: rows that it selected; rows of them where a bound was
         active; rows of them that the ops of the site would have made non-finite, and that were held in the range."""
         self._sweeps: dict[int, int] = {}  # slots that hold ops; the most sweeps of one of them
         self._graphs = self.counts.device.type != "cpu"

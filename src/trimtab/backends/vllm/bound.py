@@ -115,7 +115,7 @@ class Bound:
     data: RequestData
     prompt_ids: list[int]
     number: int
-    """Its place in the tables of a step, from 1; the next one is its `shadow`."""
+    """Its place in the tables of a step, from 1."""
     slot: int = 0
     program: Program | None = None
     table: GainTable | None = None
@@ -149,11 +149,6 @@ class Bound:
     def __post_init__(self) -> None:
         data, capture = self.data, self.data.capture
         self.watched = data.forced is not None or data.check_logits or bool(capture and capture.prompt_logits)
-
-    @property
-    def shadow(self) -> int:
-        """A second place, for rows that are computed again after a preemption: they are steered and not counted."""
-        return self.number + 1
 
     @property
     def prompt_length(self) -> int:

@@ -109,10 +109,10 @@ class WorkerState:
         here = {site for site, tap in self.tap_of.items() if not tap.sharded}
         if sites.num_layers - 1 in sites.layers:
             here.add(Site.parse("logits"))
-        self._numbers = list(range(4 * max_requests - 1, 0, -2))  # the next of each is a shadow
+        self._numbers = list(range(2 * max_requests, 0, -1))
         steered = [site for site in self.steered if site in here]
         places = (len(steered), 4 * max_requests + 1, config.ops_per_site, 3)
-        counts = torch.zeros(places, dtype=torch.int64, device=device)
+        counts = torch.zeros(places, dtype=torch.int32, device=device)
         self.banks = {
             site: SiteBank(
                 site,
@@ -334,7 +334,7 @@ class WorkerState:
         one.number = self._numbers.pop()  # now that nothing can fail
         self.step.slot_of(one.number, one.slot)
         if one.counted_ops is not None:
-            self._counts[:, one.number : one.number + 2] = 0
+            self._counts[:, one.number] = 0
         if data.check_logits:
             self.nonfinite_logits[one.number] = False
         self.bound[req_id] = one

@@ -67,13 +67,13 @@ class Step:
 
     Args:
         max_rows: rows that a pass can have.
-        max_bound: requests that can be tracked at once.
+        max_bound: places of tracked requests; each has two, its number and its `shadow`.
         keys: pairs of positions and gain per steering.
         device: where the tables lie.
     """
 
     def __init__(self, max_rows: int, max_bound: int, keys: int, device: torch.device) -> None:
-        self.device = device
+        self.device, self._half = device, max_bound // 2
         host = {
             "binding": torch.zeros(max_rows, dtype=torch.int32),
             "slot_of": torch.zeros(max_bound + 1, dtype=torch.int32),
@@ -174,10 +174,18 @@ class Step:
 
     def slot_of(self, number: int, slot: int) -> None:
         """Say which slot a tracked request uses, and its shadow."""
-        self._slot_of[number] = self._slot_of[number + 1] = slot
+        shadow = self.shadow(number)
+        self._slot_of[number] = self._slot_of[shadow] = slot
         if self.device.type != "cpu":
-            self.rows.slot_of[number : number + 2] = slot
+            self.rows.slot_of[number] = self.rows.slot_of[shadow] = slot
         self._steady = False
+
+    def shadow(self, number: int) -> int:
+        """Return a request's second place, for rows computed again after a preemption: steered, and not counted.
+
+        It is far from the first, so that the counters of the requests of a batch share cache lines.
+        """
+        return number + self._half
 
     def slot_at(self, number: int) -> int:
         """Return which slot a tracked request uses."""
@@ -325,7 +333,7 @@ class Step:
         again = min(max(one.done - start, 0), span.length)
         host["binding"][first:last] = one.number
         if again:
-            host["binding"][first : first + again] = one.shadow
+            host["binding"][first : first + again] = self.shadow(one.number)
         host["positions"][first:last] = np.arange(start, stop)
         if one.table is not None:
             ids = None if token_ids is None else token_ids[first:last]

@@ -140,6 +140,25 @@ def test_the_plain_function_does_what_the_operator_does(step: Step) -> None:
 
 
 @pytest.mark.skipif(native() is None or native().site is None, reason="needs the kernel and Python's headers")
+def test_a_name_that_was_called_before_finds_the_tap_that_has_it_now(step: Step) -> None:
+    x, name = torch.ones(4, WIDTH), "tests.first"
+    step.rows.binding[:4] = 1
+    step.control[1:4] = torch.tensor([4, 9, 0])
+    step.active = True
+    for _ in range(2):
+        stream = torch.ones(16, WIDTH)
+        live = first_tap(step, stream)
+        assert op.name_of(live) == name
+        for calls in (1, 2):
+            op.call(x, name)
+            assert live.calls == calls
+        assert torch.equal(stream[:4], torch.full((4, WIDTH), 3.0))
+        del live
+    op.call(x, name)  # nobody has it: nothing happens
+    assert torch.equal(x, torch.ones(4, WIDTH))
+
+
+@pytest.mark.skipif(native() is None or native().site is None, reason="needs the kernel and Python's headers")
 @pytest.mark.parametrize("given", [(), (1, "tap"), (torch.zeros(1, WIDTH), 3), (torch.zeros(1, WIDTH), "tap", 1)])
 def test_the_plain_function_refuses_what_is_no_tensor_and_name(given: tuple[object, ...]) -> None:
     with pytest.raises(RuntimeError, match="a tensor and a tap's name"):

@@ -29,7 +29,7 @@ class Tables(NamedTuple):
     bounds: Tensor
     """float32 [S, J, K, 2 + K]: lower bound, upper bound, products with the other directions."""
     counts: Tensor
-    """int64 [bindings, J, 3]."""
+    """int32 [bindings, J, 3]."""
 
 
 class _Op(NamedTuple):
@@ -92,13 +92,13 @@ def steer(
             measured = _measure(op, state, change, after, p, adjusted, clamped)
             dose[:, j].copy_(torch.where(selected, measured, dose[:, j]))
         chosen.append(selected[:, 0])
-        tables.counts[:, j, 0].index_add_(0, owner, selected[:, 0].long())
-        tables.counts[:, j, 1].index_add_(0, owner, clamped[:, 0].long())
+        tables.counts[:, j, 0].index_add_(0, owner, selected[:, 0].int())
+        tables.counts[:, j, 1].index_add_(0, owner, clamped[:, 0].int())
         state = after
     new, made = _finish(old, stream, total, x.dtype)
     x.copy_(torch.where(total != 0, new.to(x.dtype), x))
     for j, one in enumerate(chosen):
-        tables.counts[:, j, 2].index_add_(0, owner, (one & made).long())
+        tables.counts[:, j, 2].index_add_(0, owner, (one & made).int())
 
 
 def update(r: Tensor, x: Tensor, binding: Tensor, add: bool) -> None:

@@ -24,6 +24,7 @@
 #include <string>
 #include <type_traits>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace {
@@ -192,7 +193,7 @@ struct Bank {
   const Param* param;
   const void* directions;
   const float* bounds;
-  int64_t* counts;
+  int32_t* counts;
   const int32_t *binding, *slot_of;
   const float* gain;
   int64_t ops, each, width, keys;
@@ -390,7 +391,7 @@ inline bool added_as_it_is(const Meta& m, const Param& a, float gain) {
   return m.kind == STATIC && !limited(a) && whole;
 }
 
-inline void count(int64_t* at) { __atomic_fetch_add(at, int64_t(1), __ATOMIC_RELAXED); }
+inline void count(int32_t* at) { __atomic_fetch_add(at, 1, __ATOMIC_RELAXED); }
 
 // One op of steer_simply: its direction (none: no such op), its parameters and where its full dose goes.
 struct Done { const float* u = nullptr; const Param* param = nullptr; float* dose = nullptr; };
@@ -420,7 +421,7 @@ void measure(const State& state, int64_t w, const Done& added, const Done& moved
 // the one and then the other. Nothing is kept between the ops; every number is that of the loop in steer_row. Returns
 // false, nothing done, where the program is another one.
 template <class T>
-bool steer_simply(const Bank& b, int64_t slot, const float* gain, int64_t* counts, typename T::type* x,
+bool steer_simply(const Bank& b, int64_t slot, const float* gain, int32_t* counts, typename T::type* x,
                   const typename T::type* r, float* dose, Scratch& s) {
   const Meta* meta = b.meta + slot * b.ops;
   const Param* param = b.param + slot * b.ops;
@@ -472,7 +473,7 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
   const Meta* meta = b.meta + slot * b.ops;
   const Param* param = b.param + slot * b.ops;
   const float* gain = b.gain + row * b.keys;
-  int64_t* counts = b.counts + owner * b.ops * 3;
+  int32_t* counts = b.counts + owner * b.ops * 3;
   if (steer_simply<T>(b, slot, gain, counts, x, r, dose, s)) return;
   const float *total = nullptr, *last = nullptr;  // float32 corrections: the sum of the last two is made in `finish`
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
@@ -646,7 +647,7 @@ int64_t bind(const std::vector<at::Tensor>& given, const std::optional<at::Tenso
   b->param = reinterpret_cast<const Param*>(given[1].const_data_ptr<float>());
   b->directions = given[2].data_ptr();
   b->bounds = given[3].const_data_ptr<float>();
-  b->counts = given[4].mutable_data_ptr<int64_t>();
+  b->counts = given[4].mutable_data_ptr<int32_t>();
   b->binding = given[5].const_data_ptr<int32_t>();
   b->slot_of = given[6].const_data_ptr<int32_t>();
   b->gain = given[7].const_data_ptr<float>();
@@ -723,28 +724,35 @@ void embed(const at::Tensor& r, const Lookup& given, int64_t n) {
   else run(given.ids.const_data_ptr<int64_t>());
 }
 
-void site_(const at::Tensor& x, std::string name) {
-  std::shared_ptr<const Tap> tap;
-  {
-    const std::lock_guard<std::mutex> held(taps_lock);
-    if (const auto found = taps.find(name); found != taps.end()) tap = found->second;
-  }
-  if (tap) {
-    if (tap->step[0] == 0 || tap->number > tap->step[2]) return;
-    const int64_t n = tap->step[1];
-    if (tap->number == 0 && tap->step[4] && tap->stream)
-      embed(*tap->stream, *reinterpret_cast<const Lookup*>(tap->step[4]), n);
-    if (tap->own[1] == 0 && x.dim() == 2 && x.size(0) >= n) {
-      ++tap->own[0];
-      const at::Tensor seen = tap->to < 0 ? x : x.narrow(1, tap->from, tap->to - tap->from);
-      for (const Bank* bank : tap->step[3] ? tap->dosed : tap->banks) apply_(seen, reinterpret_cast<int64_t>(bank), n);
-      if (tap->after != Tap::LEAVE) update(*tap->stream, x, tap->binding, n, tap->after == Tap::ADD);
-      return;
-    }
-  }
+std::shared_ptr<const Tap> find(const std::string& name) {
+  const std::lock_guard<std::mutex> held(taps_lock);
+  const auto found = taps.find(name);
+  return found == taps.end() ? nullptr : found->second;
+}
+
+// Run a tap on its tensor. Returns false, its stream begun, where it needs Python.
+bool run(const Tap& tap, const at::Tensor& x) {
+  const int64_t* step = tap.step;
+  if (step[0] == 0 || tap.number > step[2]) return true;
+  const int64_t n = step[1];
+  if (tap.number == 0 && step[4] && tap.stream) embed(*tap.stream, *reinterpret_cast<const Lookup*>(step[4]), n);
+  if (tap.own[1] != 0 || x.dim() != 2 || x.size(0) < n) return false;
+  ++tap.own[0];
+  const at::Tensor seen = tap.to < 0 ? x : x.narrow(1, tap.from, tap.to - tap.from);
+  for (const Bank* bank : step[3] ? tap.dosed : tap.banks) apply_(seen, reinterpret_cast<int64_t>(bank), n);
+  if (tap.after != Tap::LEAVE) update(*tap.stream, x, tap.binding, n, tap.after == Tap::ADD);
+  return true;
+}
+
+void ask_python(const at::Tensor& x, std::string name) {
   static const auto python = c10::Dispatcher::singleton().findSchemaOrThrow("trimtab::live_", "");
   torch::jit::Stack stack{x, std::move(name)};
   python.callBoxed(stack);
+}
+
+void site_(const at::Tensor& x, std::string name) {
+  const auto tap = find(name);
+  if (!tap || !run(*tap, x)) ask_python(x, std::move(name));
 }
 
 }  // namespace
@@ -770,18 +778,42 @@ TORCH_LIBRARY_IMPL(trimtab, CPU, m) { m.impl("site_", &site_); }
 #ifdef TRIMTAB_PYTHON
 namespace {
 
+std::string text_of(PyObject* name) {
+  Py_ssize_t size = 0;
+  const char* text = PyUnicode_AsUTF8AndSize(name, &size);
+  if (!text) throw python_error();
+  return std::string(text, size);
+}
+
+// Taps by the address of their name, a constant of a compiled graph: between passes all memory has left the cache, and
+// this is one line of it where a search by text needs eight.
+struct Known { PyObject* name; std::weak_ptr<const Tap> tap; };
+std::array<Known, 256> known;  // guarded by Python's lock
+
+std::shared_ptr<const Tap> find(PyObject* name) {
+  Known& entry = known[(reinterpret_cast<uintptr_t>(name) >> 4) % known.size()];
+  if (entry.name == name)
+    if (auto tap = entry.tap.lock()) return tap;
+  auto tap = find(text_of(name));
+  Py_INCREF(name);
+  Py_XDECREF(std::exchange(entry.name, name));
+  entry.tap = tap;
+  return tap;
+}
+
 // site_ as a plain Python function of a tensor and the name of a tap: through torch.ops it takes six times as long to get here.
 PyObject* called(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
   TORCH_CHECK(count == 2 && THPVariable_Check(given[0]) && PyUnicode_Check(given[1]), "site_: a tensor and a tap's name");
   const at::Tensor& x = THPVariable_Unpack(given[0]);
-  Py_ssize_t size = 0;
-  const char* text = PyUnicode_AsUTF8AndSize(given[1], &size);
-  if (!text) return nullptr;
-  std::optional<pybind11::gil_scoped_release> others;
-  if (x.numel() > WORK) others.emplace();
-  site_(x, std::string(text, size));
-  others.reset();
+  const auto tap = find(given[1]);
+  bool done = false;
+  if (tap) {
+    std::optional<pybind11::gil_scoped_release> others;
+    if (x.numel() > WORK) others.emplace();
+    done = run(*tap, x);
+  }
+  if (!done) ask_python(x, text_of(given[1]));
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }
