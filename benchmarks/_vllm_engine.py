@@ -8,6 +8,9 @@ A batch is all that a user pays for: requests made (`client.params`), `LLM.gener
 `together` runs batches of several engines by turns, an engine step each. What else runs on a shared machine slows a
 program down by half for seconds or minutes: here both sides run on one core and meet the same within milliseconds. Each
 step finds the caches as the other engine left them.
+
+Freed memory stays with the process, as with tcmalloc, which vLLM advises for CPUs. With glibc's own settings a process
+asks the kernel for the pages of its larger batches anew each time, or never, by the chance of what lies on its heap.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "TRIMTAB_VLLM": "0",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 33),
 }
 QWEN = {
     "architectures": ["Qwen3ForCausalLM"],
