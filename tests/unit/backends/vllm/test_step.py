@@ -274,6 +274,8 @@ def test_steady_passes_touch_no_table_and_any_change_ends_them(monkeypatch: pyte
     begin(step, every[:2], bound, [1, 1])  # one is left out
     assert (len(filled), step.shift) == (3, 0)
     step.slot_of(bound["r0"].number, 2)  # a slot changes
+    number = bound["r0"].number
+    assert step.rows.slot_of[[number, step.shadow(number)]].tolist() == [2, 2]  # rows computed again are steered too
     begin(step, every[:2], bound, [1, 1])
     assert (len(filled), step.shift) == (4, 0)
     every[0].computed, every[1].computed = 2, every[1].computed  # starts over, in the place where it was
