@@ -306,7 +306,7 @@ class Step:
                 continue
             span = Span(one, first, last - first, start)
             if last - first == 1 and one.alike_from <= start == one.done:
-                one.counted, one.done = start, last - first + start
+                one.counted, one.done = start, start + 1
                 alike.append(span)
             else:
                 self._place(span, token_ids)
