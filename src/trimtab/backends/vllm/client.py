@@ -448,19 +448,17 @@ def attach(llm: Any) -> Client:
 
 def _check_idle(edit: Sequence[str], positions: str | Positions, prompt_logits: bool, reduce: str | Tensor) -> None:
     """Refuse what only says how sites are recorded, where none are."""
-    if edit == ("after",) and positions == "all" and not prompt_logits and isinstance(reduce, str) and not reduce:
-        return
-    given = {
-        "edit": tuple(edit) != ("after",),
-        "positions": positions != "all",
-        "prompt_logits": prompt_logits,
-        "reduce": isinstance(reduce, Tensor) or bool(reduce),
-    }
-    for name in (name for name, changed in given.items() if changed):
-        raise InputError(
-            f"{name} was given without sites, and says how these are recorded; give sites too (the positions of an op "
-            "are its steering's)"
-        )
+    for name, given in (
+        ("edit", tuple(edit) != ("after",)),
+        ("positions", positions != "all"),
+        ("prompt_logits", prompt_logits),
+        ("reduce", isinstance(reduce, Tensor) or bool(reduce)),
+    ):
+        if given:
+            raise InputError(
+                f"{name} was given without sites, and says how these are recorded; give sites too (the positions of an "
+                "op are its steering's)"
+            )
 
 
 def _raise(answer: dict[str, Any]) -> None:

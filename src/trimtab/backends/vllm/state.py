@@ -300,11 +300,6 @@ class WorkerState:
                 arrived = arrived + tensors["residual"][:count]
             self.residual[:count].copy_(arrived)
 
-    def end(self) -> None:
-        """Close a forward pass, and keep the full doses that it measured."""
-        self.step.end()
-        self.doses.take(self.step)
-
     # requests
 
     def bind(self, req_id: str, extra_args: dict[str, Any] | None, prompt_ids: list[int], max_tokens: int) -> None:

@@ -149,8 +149,8 @@ def test_device_graphs_of_the_first_runner_are_refused_until_they_are_allowed(mo
     RunnerV1(runner).install(state)
     runner._update_states(plan(new="a"))
     runner.seen.clear()
-    last = lambda: runner._update_states(plan(finished="a"))  # noqa: E731
-    for run in (runner.capture_model, lambda: runner._dummy_run(3), last):
+    ended = plan(finished="a")
+    for run in (runner.capture_model, lambda: runner._dummy_run(3), lambda: runner._update_states(ended)):
         step.rows.binding[:2], step._filled = 1, 2  # what the pass before has left
         run()
     runner._model_forward()

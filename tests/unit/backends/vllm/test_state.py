@@ -87,7 +87,8 @@ def run(state: WorkerState, model: Model, names: list[str], counts: list[int], c
     ids = torch.ones(int(starts[-1]), dtype=torch.int64)
     state.begin(names, starts, np.array(computed), ids, None, None)
     out: torch.Tensor = model(torch.arange(int(starts[-1]) * WIDTH).reshape(-1, WIDTH).to(torch.float32))
-    state.end()
+    state.step.end()
+    state.doses.take(state.step)
     return out
 
 

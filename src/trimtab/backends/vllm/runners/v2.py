@@ -138,7 +138,8 @@ class RunnerV2:
                 return execute(scheduler_output, intermediate_tensors, dummy_run, *args, **kwargs)
             finally:
                 held.intermediate = None
-                state.end()
+                state.step.end()
+                state.doses.take(state.step)
 
         def begin(batch: Any, embeds: Tensor | None) -> None:
             if state.bound:
