@@ -330,11 +330,14 @@ class Step:
             one.first, one.cached, one.done = False, start, start
             one.foresee()
         one.counted = one.done
-        again = min(max(one.done - start, 0), span.length)
-        host["binding"][first:last] = one.number
-        if again:
+        if span.length == 1:  # gains that change at every row come here each time; numbers are set faster than slices
+            host["binding"][first] = self.shadow(one.number) if one.done > start else one.number
+            host["positions"][first] = start
+        else:
+            again = min(max(one.done - start, 0), span.length)
+            host["binding"][first:last] = one.number
             host["binding"][first : first + again] = self.shadow(one.number)
-        host["positions"][first:last] = np.arange(start, stop)
+            host["positions"][first:last] = np.arange(start, stop)
         if one.table is not None:
             ids = None if token_ids is None else token_ids[first:last]
             gains = one.table.at(start, stop, ids)
