@@ -139,8 +139,13 @@ class LiveTap:
 
     @property
     def calls(self) -> int:
-        """Passes in which it had something to do."""
+        """Passes in which it had something to do itself; the next tap acts for one that joins it."""
         return int(self._own[0])
+
+    @property
+    def joins(self) -> bool:
+        """Whether the next tap may do what it does."""
+        return self.tap.joins
 
     def enrolled(self, name: str) -> None:
         """Have the CPU kernel run this tap, where there is one: it asks for Python only when a pass needs it."""
@@ -153,14 +158,21 @@ class LiveTap:
         step.native = True
         weakref.finalize(self, kernel.leave, name)
 
-    def __call__(self, x: Tensor) -> None:
-        """Record and change the tracked rows of `x` [rows, width], in place."""
+    def __call__(self, x: Tensor, before: Tensor | None = None) -> None:
+        """Record and change the tracked rows of `x` [rows, width], in place.
+
+        Args:
+            x: the tap's tensor.
+            before: that of the tap before, which joins this one: it is added to the stream first.
+        """
         step = self._step
         if not step.active:
             return
         self._own[0] += 1
         if x.dim() != 2:
             x = x.view(-1, x.shape[-1])
+        if before is not None and self._stream is not None:
+            update_residual_(self._stream, before.view(-1, before.shape[-1]), step.rows, "add")
         if x.shape[0] < step.rows.n:
             raise BackendError(
                 f"{self.tap.name}: the model passes {x.shape[0]} rows where the batch has {step.rows.n}; its rows are "

@@ -1,19 +1,25 @@
-"""The one operator that the model's graph sees: `trimtab::site_(x, tap)`, opaque, in place.
+"""The one operator that the model's graph sees: `trimtab::site_(x, tap, before)`, opaque, in place.
 
-torch.compile keeps stock's fusions around it, because it reads and writes only a tensor that stock stores anyway; what
+torch.compile keeps stock's fusions around it, because it reads and writes only tensors that stock stores anyway; what
 it does is looked up by the name of the tap when it runs. Without rows to change or record it returns at once. On the
-CPU, where the kernel could be built, `site_` runs in it, and `live_` is how it asks for Python. Compiled for the CPU,
-a graph calls it only while the requests of some engine of the process have something to do.
+CPU, where the kernel could be built, `site_` runs in it, and `live_` is how it asks for Python.
+
+Compiled for the CPU, a graph calls it only while the requests of some engine of the process have something to do; and
+one tap fewer for each block: what would only add its branch to the stream joins the next tap, as `before`.
 """
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._inductor import config
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
+from torch.fx import Graph, Node
 from torch.library import Library
 
 from trimtab.backends.vllm.kernels import native
@@ -22,8 +28,12 @@ from trimtab.backends.vllm.kernels import native
 class Live(Protocol):
     """A tap of a running engine."""
 
-    def __call__(self, x: Tensor) -> None:
-        """Change and record the rows of `x`, in place."""
+    @property
+    def joins(self) -> bool:
+        """Whether the next tap may do what it does."""
+
+    def __call__(self, x: Tensor, before: Tensor | None = None) -> None:
+        """Change and record the rows of `x`, in place; `before` is the branch of a tap that joins this one."""
 
     def enrolled(self, name: str) -> None:
         """Learn the name by which graphs find it."""
@@ -33,22 +43,22 @@ _library = Library("trimtab", "FRAGMENT")  # type: ignore[no-untyped-call]
 _live: weakref.WeakValueDictionary[str, Live] = weakref.WeakValueDictionary()
 
 
-def _site(x: Tensor, tap: str) -> None:
+def _site(x: Tensor, tap: str, before: Tensor | None = None) -> None:
     found = _live.get(tap)
     if found is not None:
-        found(x)
+        found(x, before)
 
 
-_library.define("site_(Tensor(a!) x, str tap) -> ()")  # type: ignore[no-untyped-call]
-_library.define("live_(Tensor(a!) x, str tap) -> ()")  # type: ignore[no-untyped-call]
+_library.define("site_(Tensor(a!) x, str tap, Tensor? before=None) -> ()")  # type: ignore[no-untyped-call]
+_library.define("live_(Tensor(a!) x, str tap, Tensor? before=None) -> ()")  # type: ignore[no-untyped-call]
 _library.impl("live_", _site, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("site_", _site, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-_library.impl("site_", lambda x, tap: None, "Meta")  # type: ignore[no-untyped-call]
+_library.impl("site_", lambda x, tap, before=None: None, "Meta")  # type: ignore[no-untyped-call]
 
 site_ = torch.ops.trimtab.site_.default
 passes: dict[int, None] = {}
 """Tables (`Step`) of which a pass runs that has something to do, or passes like it are to come; by identity."""
-CALLED = "while passes"
+CALLED = "while passes, branches joined"
 """How compiled graphs call the operator; a part of what names them in caches."""
 
 
@@ -67,7 +77,8 @@ def _guarded(node: Any, writeline: Callable[[str], None]) -> None:
     """Write the operator's call into what torch.compile makes: in Python code that runs at every step."""
     from torch._inductor.virtualized import V
 
-    arguments = ", ".join([*node.codegen_args(), *node.codegen_kwargs()])
+    given = [*node.codegen_args(), *(one.partition("=")[2] for one in node.codegen_kwargs())]
+    arguments = ", ".join(one for one in given if one != "None")
     if node.inputs[0].get_device().type != "cpu":
         writeline(f"torch.ops.trimtab.site_.default({arguments})")
         return
@@ -75,8 +86,30 @@ def _guarded(node: Any, writeline: Callable[[str], None]) -> None:
     writeline(f"if trimtab_passes: trimtab_site({arguments})")
 
 
-def guard() -> None:
-    """Have graphs compiled from now on skip the operator while nothing is to be done; once per process is enough."""
+class _Joining(CustomGraphPass):
+    """Has each tap that joins the next one be done with it, in one call."""
+
+    def __call__(self, graph: Graph) -> None:
+        joining: Node | None = None
+        for node in graph.find_nodes(op="call_function", target=site_):
+            if joining is not None:
+                node.args = (*node.args, joining.args[0])
+                graph.erase_node(joining)
+            live = _live.get(node.args[1])
+            joining = node if live is not None and live.joins else None
+
+    def uuid(self) -> tuple[str, ...]:
+        """Return what decides how graphs come out, for Inductor's own cache."""
+        return (CALLED, *sorted(name for name, live in list(_live.items()) if live.joins))
+
+
+@functools.cache
+def adapt() -> None:
+    """Have graphs compiled from now on skip the operator while nothing is to be done, and call it once for two taps.
+
+    Graphs of vLLM's own compiler, on accelerators, have passes of their own there, and call it for every tap.
+    """
+    config.pre_grad_custom_pass = (*get_custom_graph_passes(config.pre_grad_custom_pass), _Joining())
     try:
         from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     except ImportError:  # another torch: the operator is called, and finds out by itself

@@ -141,6 +141,12 @@ class Step:
         else:
             self._passes.pop(self._id, None)
 
+    @property
+    def quiet(self) -> bool:
+        """Whether passes that go on from this one need but `goes_on`: the kernel runs every tap, and ends them."""
+        python = self._asked or self.prompt_logits or self.measured is not None
+        return self._steady and not python and (self.native or not self.busy)
+
     def embed(self, ids: Tensor | None, table: Tensor | None) -> None:
         """Have the first tap of each pass begin the stream with rows of a table, in the CPU kernel; None: it has begun.
 
@@ -416,7 +422,10 @@ class Step:
         self.busy = self.active = last >= 0
 
     def end(self) -> None:
-        """Have taps do nothing until the next pass begins; compiled graphs call them still, until `active` is unset."""
+        """Have taps do nothing until the next pass begins; compiled graphs call them still, until `active` is unset.
+
+        In the kernel, the last tap that has something to do ends a pass.
+        """
         self._control[0] = 0
 
 

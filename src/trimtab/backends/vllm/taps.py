@@ -59,6 +59,13 @@ class Tap:
     """First column of this rank's part in the whole site."""
     argument: tuple[int, str] | None = None
     """Position and name of an input tap's tensor among the parameters of the module's forward."""
+    projected: bool = False
+    """x is what a projection returns: a tensor of its own in every compiled graph."""
+
+    @property
+    def joins(self) -> bool:
+        """Whether it only adds x to r, and x is there for the next tap to add."""
+        return self.projected and not self.stages and self.after == "add"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -323,7 +330,8 @@ class _Builder:
         start, label = [Stage(self._site(f"{name}_raw", layer))], f"layers.{layer}.{name}"
         element = 0 if name == "attn" and not self.form.native else None
         if out is None:
-            yield replace(self._output(label, f"{path}.{raw}", start + end), element=element, after=after)
+            tap = self._output(label, f"{path}.{raw}", start + end)
+            yield replace(tap, element=element, after=after, projected=element is None)
         else:
             yield replace(self._output(label, f"{path}.{raw}", start), element=element)
             yield replace(self._output(f"{label}_norm", f"{path}.{out}", end), after=after)

@@ -55,7 +55,7 @@ class SteeredWorker:
             device=device,
             graphs=device.type != "cpu" and not vllm_config.model_config.enforce_eager,
         )
-        op.guard()
+        op.adapt()
         self.taps = install(model, self.state)
         _mark_graphs(vllm_config, self.taps)
         self.rank = worker.rank
@@ -110,7 +110,10 @@ def _mark_graphs(config: Any, live: Sequence[LiveTap]) -> None:
     """
     additional = config.additional_config
     if isinstance(additional, dict):
-        taps = [(op.name_of(one), one.tap.module_path, one.tap.side, one.tap.element, one.tap.argument) for one in live]
+        taps = [
+            (op.name_of(one), one.tap.module_path, one.tap.side, one.tap.element, one.tap.argument, one.joins)
+            for one in live
+        ]
         additional[f"{KEY}_graph"] = hashlib.sha256(repr((op.CALLED, taps)).encode()).hexdigest()
 
 

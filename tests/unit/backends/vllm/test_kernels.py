@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from trimtab.backends.vllm import op as _op  # noqa: F401 - defines the operator
 from trimtab.backends.vllm.bank import SiteBank, StepRows, update_residual_
 from trimtab.backends.vllm.kernels import _build, _form, native
 from trimtab.sites import Site
@@ -152,6 +153,102 @@ def test_a_vector_and_a_projection_are_the_same_in_both_kernels(dtype, width, ma
         assert torch.equal(dose_a, dose_b)
         assert not torch.equal(bits(a), bits(x))
         assert full == bool((dose_a != -7.0).any())
+
+
+def tap_of(kernel, banks, rows, x, stream, before, after, full):
+    """What a tap of two sites, the first of the tensor itself and the second over the stream, makes of everything."""
+    got, r = x.clone(), stream.clone()
+    doses = [torch.full((rows.n, 3, 5), -7.0) for _ in banks]
+    if kernel == "auto":
+        control, own = torch.tensor([1, rows.n, 0, int(full), 0, 0, 0, 0]), torch.zeros(2, dtype=torch.int64)
+        states = zip(banks, (None, r), doses, strict=True)
+        handles = [number for one, state, dose in states for number in one.handles(rows, state, dose)]
+        place = [0, 0, -1, ("none", "set", "add").index(after)]
+        native().enroll("tests.whole", handles, [control, own, rows.binding], r, place)
+        torch.ops.trimtab.site_.default(got, "tests.whole", before)
+        native().leave("tests.whole")
+        assert own.tolist() == [1, 0]
+        assert control[0] == 0
+    else:
+        if before is not None:
+            _form.update(r, before, rows.binding, True)
+        for one, state, dose in zip(banks, (None, r), doses, strict=True):
+            one.apply_(got, state, rows, dose if full else None)
+        if after != "none":
+            _form.update(r, got, rows.binding, after == "add")
+    return got, r, *(one.counts for one in banks), *(dose.nan_to_num(-9.0) for dose in doses)
+
+
+def assert_taps_agree(programs, rows, x, stream, before, after, full, storage=torch.float32):
+    results = []
+    for kernel in ("auto", "torch"):
+        banks = [bank(kernel, x.shape[1], x.dtype, each, storage=storage) for each in programs]
+        results.append(tap_of(kernel, banks, rows, x, stream, before, after, full))
+    (a, ra, *others_a), (b, rb, *others_b) = results
+    assert torch.equal(bits(a), bits(b))
+    assert torch.equal(ra.isnan(), rb.isnan())
+    numbers = [r.nan_to_num(0.0, float("inf"), float("-inf")) for r in (ra, rb)]
+    assert torch.equal(*map(bits, numbers))
+    assert all(map(torch.equal, others_a, others_b))
+
+
+@compiled
+@given(a_step(), st.booleans(), st.sampled_from(["none", "set", "add"]), st.sampled_from([1, 2, 300]))
+@settings(max_examples=100)
+def test_a_whole_tap_is_what_its_parts_are_one_after_the_other(step, joined, after, times):
+    """The branch before, two sites, and what becomes of the stream; many rows run in several blocks."""
+    programs, rows, x, stream, storage, full = step
+    n = rows.n * times
+    rows = StepRows(n, rows.binding.repeat(times), rows.slot_of, rows.gain.repeat(times, 1), torch.arange(n))
+    x = x.repeat(times, 1)
+    stream = x.roll(1, 0) * 3 if stream is None else stream.repeat(times, 1)
+    before = x.flip(0).contiguous() if joined else None
+    assert_taps_agree((programs[:1], programs), rows, x, stream, before, after, full, storage)
+
+
+@compiled
+@pytest.mark.parametrize("width", [33, 128])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_stream_is_brought_up_to_date_with_what_was_steered(joined, dtype, width):
+    generator = torch.Generator().manual_seed(width)
+    u, v, x, stream, before = (one.to(dtype) for one in torch.randn(5, 20, width, generator=generator))
+    add, cap, far = Add(v[0].float(), 0.3), Cap(u[0].float(), -0.5, 0.5), Add(u[1].float() / u[1].float().norm(), 300.0)
+    x[:6, ::3] = stream[2:8, ::2] = -0.0
+    x[9], stream[9, :7] = torch.finfo(dtype).max, torch.finfo(dtype).max  # the steered sum leaves the range
+    x[10, 0], stream[11, 1] = float("inf"), float("nan")
+    x[12] = x[13] = x[14] = -torch.finfo(dtype).max
+    x[14], stream[13], stream[14] = -x[14], -0.9 * x[13], 0.9 * x[14]  # x leaves the range, and the state does not
+    rows = StepRows(
+        20,
+        torch.arange(20, dtype=torch.int32) % 4,
+        torch.tensor([0, 1, 2, 3, 0], dtype=torch.int32),
+        torch.ones(20, 2),
+        torch.arange(20),
+    )
+    nothing = [program([Add(v[1].float(), 1.0)], width)]
+    for ops in ([[add, cap], [far], [cap]], [[far, cap], [cap, add], [add]]):
+        for after in ("none", "set", "add"):
+            for full in (False, True):
+                programs = [program(one, width) for one in ops]
+                taken = before if joined else None
+                assert_taps_agree(([*nothing], programs), rows, x, stream, taken, after, full)
+
+
+@compiled
+def test_rows_that_are_looked_at_together_keep_their_own_directions():
+    """Those stored in 16 bits are widened into rooms; a program with several of them needs the room of several."""
+    generator = torch.Generator().manual_seed(0)
+    v, x = torch.randn(4, 32, generator=generator), torch.randn(8, 32, generator=generator)
+    programs = [program([one], 32) for one in (AblateSubspace(v[:3], 0.5), Add(v[3], 2.0), Cap(v[2], max=-1.0))]
+    binding = torch.tensor([1, 2, 3, 1, 3, 1, 2, 3], dtype=torch.int32)
+    rows = StepRows(8, binding, torch.tensor([0, 1, 2, 3, 0], dtype=torch.int32), torch.ones(8, 2), torch.arange(8))
+    results = []
+    for kernel in ("auto", "torch"):
+        got = x.clone()
+        bank(kernel, 32, x.dtype, programs, storage=torch.bfloat16).apply_(got, None, rows)
+        results.append(got)
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("kernel", ["auto", "torch"])

@@ -8,8 +8,11 @@ import pytest
 import torch
 from pytest import MonkeyPatch
 from torch import Tensor
+from torch._functorch import config as functorch
+from torch._inductor import config as inductor
 from torch._inductor.utils import run_and_get_code
 
+from trimtab.backends.vllm import live as live_module
 from trimtab.backends.vllm import op
 from trimtab.backends.vllm.captured import Recorder
 from trimtab.backends.vllm.doses import DoseRecorder
@@ -22,14 +25,23 @@ CPU = torch.device("cpu")
 WIDTH = 8
 
 
+@pytest.fixture(autouse=True)
+def compiled_anew() -> Iterator[None]:
+    """Inductor keeps graphs from run to run; what is tested here is how they are made."""
+    with inductor.patch(fx_graph_cache=False), functorch.patch(enable_autograd_cache=False):
+        yield
+
+
 class Doubling:
     """A tap that runs in Python."""
 
-    def __init__(self) -> None:
-        self.name, self.calls = "", 0
+    def __init__(self, joins: bool = False) -> None:
+        self.name, self.calls, self.joins = "", 0, joins
+        self.before: list[Tensor | None] = []
 
-    def __call__(self, x: Tensor) -> None:
+    def __call__(self, x: Tensor, before: Tensor | None = None) -> None:
         self.calls += 1
+        self.before.append(before)
         x *= 2
 
     def enrolled(self, name: str) -> None:
@@ -44,7 +56,7 @@ def step() -> Iterator[Step]:
 
 
 def test_a_compiled_graph_calls_the_operator_only_while_a_pass_has_something_to_do(step: Step) -> None:
-    op.guard()
+    op.adapt()
     torch.compiler.reset()
     tap = Doubling()
     name = op.enroll("tests.compiled", tap)
@@ -68,6 +80,87 @@ def test_a_compiled_graph_calls_the_operator_only_while_a_pass_has_something_to_
     step.active = False
     assert torch.equal(compiled(x), x + 1)
     assert tap.calls == 1
+
+
+def test_a_compiled_graph_calls_a_tap_that_joins_the_next_one_with_it(step: Step) -> None:
+    op.adapt()
+    torch.compiler.reset()
+    taps = [Doubling(), Doubling(joins=True), Doubling(), Doubling()]
+    names = [op.enroll(f"tests.joined.{number}", tap) for number, tap in enumerate(taps)]
+    weights = [torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+    def block(x: Tensor) -> Tensor:
+        for weight, name in zip(weights, names, strict=True):
+            y = x @ weight
+            op.site_(y, name)
+            x = x + torch.tanh(y)
+        return x
+
+    x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(9))
+    step.active = True
+    out, (code,) = run_and_get_code(torch.compile(block, fullgraph=True), x)
+    assert code.count("trimtab_site(") == 3
+    assert [tap.calls for tap in taps] == [1, 0, 1, 1]
+    (joined,) = taps[2].before
+    assert joined is not None and joined.shape == x.shape
+    assert taps[0].before == taps[3].before == [None]
+    expected, branches = x, []
+    for weight, factor in zip(weights, (2, 1, 2, 2), strict=True):  # nobody doubled the branch that joined
+        branches.append(expected @ weight)
+        expected = expected + torch.tanh(factor * branches[-1])
+    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(joined, branches[1])
+
+
+@pytest.mark.skipif(native() is None, reason="needs the kernel")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("where", ["in the kernel", "asked by it", "in Python"])
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_tap_that_another_one_joins_does_what_both_do(
+    dtype: torch.dtype, where: str, plain: bool, monkeypatch: MonkeyPatch
+) -> None:
+    if where == "in Python":
+        monkeypatch.setattr(live_module, "native", lambda: None)
+    generator = torch.Generator().manual_seed(2)
+    table, *branches = (torch.randn(6, WIDTH, generator=generator).to(dtype) for _ in range(3))
+    streams = []
+    for joined in (False, True):
+        step, stream = Step(16, 8, 2, CPU), torch.full((16, WIDTH), 3.0, dtype=dtype)
+        step.rows.n = 6
+        step.rows.binding[:6] = torch.tensor([1, 0, 2, 1, 1, 0])
+        live = [
+            LiveTap(
+                Tap(f"tests.{name}", name, "output", None, None, (), "add", WIDTH, projected=True),
+                (),
+                step,
+                stream,
+                Recorder({}),
+                DoseRecorder((), 16, 2, CPU),
+            )
+            for name in ("attn", "mlp")
+        ]
+        first, second = (op.enroll(one.tap.name, one) for one in live)
+        step.control[1:4] = torch.tensor([6, 1, 0])
+        step.active = True
+        if where == "in Python":
+            stream[:6] = table
+        else:
+            step.embed(torch.arange(6), table)
+        if where == "asked by it":
+            step._taps[1][1] = 1  # as in a pass that records rows there
+        call = op.call if plain else op.site_
+        if joined:
+            call(branches[1], second, branches[0])
+        else:
+            call(branches[0], first)
+            call(branches[1], second)
+        assert live[1].calls == 1
+        streams.append(stream)
+        del live
+    assert torch.equal(*streams)
+    expected = (table + branches[0]) + branches[1]
+    assert torch.equal(streams[0][[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
+    assert torch.equal(streams[0][[1, 5]], table[[1, 5]])
 
 
 def test_tables_that_go_away_leave_no_pass_behind() -> None:
@@ -104,6 +197,9 @@ def test_the_first_tap_begins_the_stream_with_the_rows_of_its_tokens(step: Step,
     assert torch.equal(stream[4:], torch.full((12, WIDTH), 7.0))
     step.embed(None, None)  # what the stream begins with is there already
     stream[:4] = 1.0
+    op.site_(x, op.name_of(live))
+    assert torch.equal(stream[:4], torch.ones(4, WIDTH))  # its last tap ended the pass
+    step.active = True
     op.site_(x, op.name_of(live))
     assert torch.equal(stream[:4], 1.0 + tracked * x)
 
@@ -159,7 +255,10 @@ def test_a_name_that_was_called_before_finds_the_tap_that_has_it_now(step: Step)
 
 
 @pytest.mark.skipif(native() is None or native().site is None, reason="needs the kernel and Python's headers")
-@pytest.mark.parametrize("given", [(), (1, "tap"), (torch.zeros(1, WIDTH), 3), (torch.zeros(1, WIDTH), "tap", 1)])
+@pytest.mark.parametrize(
+    "given",
+    [(), (1, "tap"), (torch.zeros(1, WIDTH), 3), (torch.zeros(1, WIDTH), "tap", 1), (*[torch.zeros(1, WIDTH)] * 3, 1)],
+)
 def test_the_plain_function_refuses_what_is_no_tensor_and_name(given: tuple[object, ...]) -> None:
     with pytest.raises(RuntimeError, match="a tensor and a tap's name"):
         op.call(*given)
@@ -179,7 +278,7 @@ def test_without_the_plain_function_graphs_call_the_operator(kernel: str | None,
 @pytest.mark.parametrize("rows", [2, 9000])  # many rows run without the interpreter's lock
 def test_what_the_plain_function_raises_in_python_arrives(rows: int) -> None:
     class Failing(Doubling):
-        def __call__(self, x: Tensor) -> None:
+        def __call__(self, x: Tensor, before: Tensor | None = None) -> None:
             raise ValueError("from the tap")
 
     failing = Failing()

@@ -16,6 +16,7 @@ from trimtab.backends.vllm import op
 from trimtab.backends.vllm.runners import adapter
 from trimtab.backends.vllm.runners.graphs import UNTESTED
 from trimtab.backends.vllm.runners.v1 import RunnerV1
+from trimtab.backends.vllm.sampled import LOGITS
 from trimtab.backends.vllm.step import Step
 from trimtab.errors import BackendError
 
@@ -119,20 +120,20 @@ def state_of(step: Step, **settings: Any) -> Any:
         "release": lambda req_id: bound.pop(req_id, None),
         "config": SimpleNamespace(keys_per_steering=1),
     }
-    usual |= {"graphs": False, "recorded": (), "banks": {}, "nonfinite_logits": None}
+    usual |= {"graphs": False, "recorded": (), "banks": {}, "nonfinite_logits": None, "residual": None, "table": None}
     return SimpleNamespace(step=step, bound=bound, **usual | settings)
 
 
-def plan(*, new: str = "", finished: str = "") -> Any:
-    """What the scheduler says of a pass: a steered request comes, or ends."""
+def plan(*, new: str = "", finished: str = "", rows: int = 0, computed: int = 0) -> Any:
+    """What the scheduler says of a pass: a steered request comes, or ends; rows, and those computed before."""
     request = SimpleNamespace(
         req_id=new, prompt_token_ids=[1], sampling_params=SimpleNamespace(extra_args={"a": 1}, max_tokens=2)
     )
     return SimpleNamespace(
         finished_req_ids={finished} if finished else set(),
         scheduled_new_reqs=[request] if new else [],
-        total_num_scheduled_tokens=0,
-        scheduled_cached_reqs=SimpleNamespace(num_computed_tokens=[]),
+        total_num_scheduled_tokens=rows,
+        scheduled_cached_reqs=SimpleNamespace(num_computed_tokens=[computed]),
     )
 
 
@@ -212,3 +213,91 @@ def test_passes_go_through_us_only_while_there_are_tracked_requests() -> None:
     assert begun == [1, 1, 1, 1]
     runner._update_states(plan(finished="c"))
     assert step._id not in op.passes  # compiled graphs leave the taps out again
+
+
+TABLE = torch.zeros(1)
+
+
+class Going:
+    """A runner with one request, all of whose passes but the first go on from the one before."""
+
+    def __init__(self, **settings: Any) -> None:
+        self.runner, self.step = Graphed(), Step(4, 4, 1, torch.device("cpu"))
+        self.runner.step, self.stock = self.step, self.runner._model_forward
+        self.begun, self.streams, self.computed = 0, 0, 1
+        self.table = TABLE
+        usual = {"residual": TABLE, "table": lambda: self.table, "begin_stream": self.stream}
+        self.state = state_of(self.step, begin=self.begin, **usual | settings)
+        self.runner.input_batch.req_ids = ["a"]
+        RunnerV1(self.runner).install(self.state)
+
+    def begin(self, *batch: Any) -> None:
+        step = self.step
+        step._steady, step._batch, step._computed, step.native = True, ["a"], self.computed + 1, True
+        step.busy = step.active = True
+        step.table = self.table
+        self.begun += 1
+
+    def stream(self, *given: Any) -> None:
+        self.step.table = self.table if self.step.table is not None else None
+        self.streams += 1
+
+    def go(self, given: Any = None, embeds: Any = None) -> bool:
+        """Run a pass; return whether the forward pass was stock's, and the taps were to act in it."""
+        self.runner.seen.clear()
+        self.runner._update_states(given or plan(rows=1, computed=self.computed))
+        alone = self.runner._model_forward == self.stock
+        self.runner._model_forward(torch.zeros(0), inputs_embeds=embeds)
+        assert self.runner.seen[-1][:2] == ("forward", True)
+        self.step.end()  # as the last tap does, in the kernel
+        self.computed += 1
+        return alone
+
+
+def test_passes_that_go_on_are_the_kernels_alone() -> None:
+    going = Going()
+    assert [going.go(each) for each in (plan(new="a"), None, None)] == [False, True, True]
+    assert (going.begun, going.step.shift) == (1, 2)
+    going.table = torch.ones(1)  # the weights are others
+    assert [going.go(), going.go()] == [False, True]
+    assert (going.begun, going.streams, going.step.shift) == (1, 1, 4)
+    going.computed += 1  # not the pass that was to come
+    assert [going.go(), going.go()] == [False, True]
+    assert going.begun == 2
+    going.runner._dummy_run(3)
+    assert going.runner.seen[-1][:2] == ("dummy", False)
+    assert [going.go(), going.go()] == [False, True]
+    assert going.begun == 3
+    going.runner._update_states(plan(finished="a"))
+    assert going.runner._model_forward == going.stock
+    assert going.step._id not in op.passes
+
+
+@pytest.mark.parametrize("why", ["a tap", "the prompt", "a dose", "no kernel", "no table", "embeds", "logits"])
+def test_passes_that_need_python_go_through_us(why: str) -> None:
+    going = Going(recorded=(LOGITS,) if why == "logits" else ())
+    going.state.doses = SimpleNamespace(take=lambda step: None)
+    begin = going.begin
+
+    def differently(*batch: Any) -> None:
+        begin()
+        step = going.step
+        step._asked, step.prompt_logits = {0} if why == "a tap" else set(), why == "the prompt"
+        step.native, step.measured = why != "no kernel", object() if why == "a dose" else None  # type: ignore[assignment]
+        if why == "no table":
+            step.table = None
+
+    going.state.begin = differently
+    embeds = TABLE if why == "embeds" else None
+    assert not any([going.go(each, embeds) for each in (plan(new="a"), None, None)])
+    assert going.begun == 1
+    going.step.blank()
+
+
+def test_tables_without_anything_to_do_need_no_kernel() -> None:
+    step = Step(4, 4, 1, torch.device("cpu"))
+    assert not step.quiet
+    step._steady = True
+    assert step.quiet
+    step.busy = True
+    assert not step.quiet

@@ -34,10 +34,12 @@ inline float real(uint32_t u) { float v; std::memcpy(&v, &u, 4); return v; }
 constexpr uint32_t SIGN = 0x80000000u, INF = 0x7f800000u, NAN_BITS = 0x7fc00000u;
 
 // A dtype T: load gives the value of stored bits, round the nearest value of T, store the bits of a value of T; summed
-// rounds the sum of two values of T, whose NaN may keep its payload.
+// rounds the sum of two values of T, whose NaN may keep its payload. carries: what quick makes of a number that rounds to
+// infinity, or of a NaN, is seen in its sum with another number.
 struct F32 {
   using type = float;
   static constexpr float max = 0x1.fffffep127f, below_max = 0x1.fffffcp127f;
+  static constexpr bool carries = true;
   static constexpr uint32_t over = INF;  // bits of the smallest number that rounds to infinity
   static float round(float v) { return v; }
   static float quick(float v) { return v; }
@@ -49,6 +51,7 @@ struct F32 {
 struct BF16 {
   using type = uint16_t;
   static constexpr float max = 0x1.fep127f, below_max = 0x1.fcp127f;
+  static constexpr bool carries = true;
   static constexpr uint32_t over = 0x7f7f8000u;
   static float round(float v) {
     const uint32_t u = bits(v);
@@ -66,6 +69,7 @@ struct BF16 {
 struct F16 {
   using type = uint16_t;
   static constexpr float max = 0x1.ffcp15f, below_max = 0x1.ff8p15f;
+  static constexpr bool carries = false;
   static constexpr uint32_t over = 0x477ff000u;
   static constexpr uint32_t NORMAL = 0x38800000u;  // 2^-14; below it numbers are multiples of 2^-24, the ulp of [0.5, 1)
   static float round(float v) {
@@ -201,18 +205,23 @@ struct Bank {
   std::optional<at::Tensor> residual, dose;
 };
 
+constexpr int64_t BLOCK = 8;  // most rows that are looked at together: what one waits for, another one does meanwhile
+constexpr int64_t NEAR = 2048;  // elements of such rows, so that they stay in the nearest cache
+
 struct Scratch {
   std::vector<float> held;
   std::vector<int32_t> rows;
-  float *old, *state, *seen, *total, *change, *t, *first, *u;
+  bool alone;  // no other thread works on this tensor
+  float *old, *stream, *state, *seen, *total, *change, *none, *t, *first, *u;
   void fit(int64_t width, int64_t each) {
     const int64_t w = (width + 31) / 16 * 16;
-    held.resize(w * (8 + 2 * each) + LANES);
+    held.resize(w * (10 + 2 * each * BLOCK) + LANES);
     const auto past = reinterpret_cast<uintptr_t>(held.data()) % (LANES * sizeof(float));
     float* p = held.data() + (past ? LANES - past / sizeof(float) : 0);  // vectors lie in one cache line each
-    for (float** one : {&old, &state, &seen, &total, &change, &t}) { *one = p; p += w; }
+    for (float** one : {&old, &stream, &state, &seen, &total, &change, &none, &t}) { *one = p; p += w; }
     u = p + 2 * w;  // several sums at once need more of t
-    first = u + w * each;
+    first = u + w * each * BLOCK;
+    std::fill(none, none + width, 0.0f);
   }
 };
 thread_local Scratch scratch;
@@ -353,30 +362,39 @@ bool mend(typename T::type* x, const typename T::type* r, const typename T::type
   return made;
 }
 
-// x := round(x + total) where total is not zero, total(i) the sum of the corrections. Returns whether an element became
-// non-finite; `kept` has the total then.
-template <class T, class Total>
-bool finish(typename T::type* __restrict x, const typename T::type* __restrict r, typename T::type* __restrict old,
-            float* __restrict kept, int64_t w, const Total& total) {
+// x := round(x + total) where total is not zero, total(i) the sum of the corrections; and then r := round(r + x) with
+// `follow`. Returns whether an element became non-finite.
+template <class T, bool follow, class Total, class V = typename T::type>
+bool finish(V* __restrict x, std::conditional_t<follow, V, const V>* __restrict r, int64_t w, Scratch& s,
+            const Total& total) {
+  V* __restrict old = reinterpret_cast<V*>(s.old);
+  V* __restrict before = reinterpret_cast<V*>(s.stream);
   uint32_t largest = 0;  // of what must not round to infinity
+  std::memcpy(old, x, w * sizeof(V));
+  if constexpr (follow) std::memcpy(before, r, w * sizeof(V));
   const auto one = [&](int64_t i) {
-    const auto was = old[i] = x[i];
-    const float change = total(i), sum = T::load(was) + change;
-    const float y = T::quick(sum);
-    largest = std::max(largest, bits(sum) & ~SIGN);
-    x[i] = change == 0 ? was : T::store(y);
+    const float was = T::load(x[i]), change = total(i), sum = was + change;
+    const float y = change == 0 ? was : T::quick(sum);
+    if (!r || !T::carries) largest = std::max(largest, bits(sum) & ~SIGN);
+    x[i] = T::store(y);
     return y;
   };
   if (r)
     for (int64_t i = 0; i < w; ++i) {
       const float h = T::load(r[i]) + one(i);
       largest = std::max(largest, bits(h) & ~SIGN);
+      if constexpr (follow) r[i] = T::store(T::summed(h));
     }
   else
     for (int64_t i = 0; i < w; ++i) one(i);
   if (largest < T::over) return false;
-  for (int64_t i = 0; i < w; ++i) kept[i] = total(i);
-  return mend<T>(x, r, old, kept, w);
+  for (int64_t i = 0; i < w; ++i) s.seen[i] = total(i);
+  if constexpr (!follow) return mend<T>(x, r, old, s.seen, w);
+  else {
+    const bool made = mend<T>(x, before, old, s.seen, w);
+    for (int64_t i = 0; i < w; ++i) r[i] = T::store(T::summed(T::load(before[i]) + T::load(x[i])));
+    return made;
+  }
 }
 
 // Whether an op, or one after it, looks at the state.
@@ -391,9 +409,13 @@ inline bool added_as_it_is(const Meta& m, const Param& a, float gain) {
   return m.kind == STATIC && !limited(a) && whole;
 }
 
-inline void count(int32_t* at) { __atomic_fetch_add(at, 1, __ATOMIC_RELAXED); }
+// Rows of one request may lie in parts of several threads; alone, a thread need not lock the bus for it.
+inline void count(int32_t* at, bool alone) {
+  if (alone) ++*at;
+  else __atomic_fetch_add(at, 1, __ATOMIC_RELAXED);
+}
 
-// One op of steer_simply: its direction (none: no such op), its parameters and where its full dose goes.
+// One op of `act`: its direction (none: no such op), its parameters and where its full dose goes.
 struct Done { const float* u = nullptr; const Param* param = nullptr; float* dose = nullptr; };
 
 // The full doses of a vector that is added to `state`, a function of the element, and of a projection that is moved then.
@@ -418,52 +440,72 @@ void measure(const State& state, int64_t w, const Done& added, const Done& moved
 }
 
 // What most programs do at a row, all of it in float32: a vector is added as it is, or one projection is moved, or first
-// the one and then the other. Nothing is kept between the ops; every number is that of the loop in steer_row. Returns
-// false, nothing done, where the program is another one.
+// the one and then the other. Nothing is kept between the ops; every number is that of the loop in steer_row.
+struct Simple {
+  const float *v, *u;  // the vector that is added, and the direction that is then added `weight` times
+  float weight;
+  int32_t* counts;
+  int64_t vector, moved;  // ops; -1: none
+  bool clamped;
+};
+
+enum Form { NOTHING, SIMPLE, OTHER };
+
+// Look at the program of a row: `one` is what it does where it is a simple one. `at`: its place among the rows that are
+// looked at together.
 template <class T>
-bool steer_simply(const Bank& b, int64_t slot, const float* gain, int32_t* counts, typename T::type* x,
-                  const typename T::type* r, float* dose, Scratch& s) {
+Form look(const Bank& b, int64_t row, const typename T::type* x, const typename T::type* r, Scratch& s, int64_t at,
+          Simple& one) {
+  const int32_t owner = b.binding[row], slot = b.slot_of[owner];
   const Meta* meta = b.meta + slot * b.ops;
   const Param* param = b.param + slot * b.ops;
+  if (slot == 0 || meta->kind == NONE) return NOTHING;
+  const float* gain = b.gain + row * b.keys;
   int64_t vector = -1, moved = -1;
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
     const float g = gain[meta[j].key];
     if (std::isnan(g)) continue;
-    if (g != 1 || meta[j].math != 0 || meta[j].state != 0 || limited(param[j]) || moved >= 0) return false;
+    if (g != 1 || meta[j].math != 0 || meta[j].state != 0 || limited(param[j]) || moved >= 0) return OTHER;
     if (meta[j].kind == STATIC && vector < 0) vector = j;
     else if (meta[j].kind == LINEAR && meta[j].count == 1) moved = j;
-    else return false;
+    else return OTHER;
   }
+  if (vector < 0 && moved < 0) return NOTHING;
   const int64_t w = b.width;
-  const float* v = vector < 0 ? nullptr : directions(b, slot * b.ops + vector, meta[vector], s.first);
-  const float* u = moved < 0 ? nullptr : directions(b, slot * b.ops + moved, meta[moved], s.u);
-  float weight = 0;
-  if (u) {
-    const float* bounds = b.bounds + (slot * b.ops + moved) * b.each * (b.each + 2);
-    const float p = v ? r ? sum(w, s.t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i]) + v[i]) * u[i]; })
-                          : sum(w, s.t, [=](int64_t i) { return (T::load(x[i]) + v[i]) * u[i]; })
-                  : r ? sum(w, s.t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i])) * u[i]; })
-                      : sum(w, s.t, [=](int64_t i) { return T::load(x[i]) * u[i]; });
-    weight = clamp(p * param[moved].factor, bounds[0], bounds[1]) - p;
-    count(counts + moved * 3);
-    if (meta[moved].clamps && weight != 0) count(counts + moved * 3 + 1);
-  }
-  if (v) count(counts + vector * 3);
+  const float* v = vector < 0 ? s.none : directions(b, slot * b.ops + vector, meta[vector], s.first + at * w);
+  const float* u = moved < 0 ? v : directions(b, slot * b.ops + moved, meta[moved], s.u + at * w);
+  one = {v, u, 0, b.counts + owner * b.ops * 3, vector, moved, false};
+  if (moved < 0) return SIMPLE;
+  const float* bounds = b.bounds + (slot * b.ops + moved) * b.each * (b.each + 2);
+  const float p = r ? sum(w, s.t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i]) + v[i]) * u[i]; })
+                    : sum(w, s.t, [=](int64_t i) { return (T::load(x[i]) + v[i]) * u[i]; });
+  one.weight = clamp(p * param[moved].factor, bounds[0], bounds[1]) - p;
+  one.clamped = meta[moved].clamps && one.weight != 0;
+  return SIMPLE;
+}
+
+// Do it, and bring r up to date with `follow`; returns whether that was done.
+template <class T>
+bool act(const Bank& b, int64_t row, const Simple& one, typename T::type* x, typename T::type* r, bool follow, float* dose,
+         Scratch& s) {
+  const int64_t w = b.width;
+  const float *v = one.v, *u = one.u, weight = one.weight;
+  if (one.vector >= 0) count(one.counts + one.vector * 3, s.alone);
+  if (one.moved >= 0) count(one.counts + one.moved * 3, s.alone);
+  if (one.clamped) count(one.counts + one.moved * 3 + 1, s.alone);
   if (dose) {
-    const auto done = [&](int64_t j, const float* own) { return own ? Done{own, param + j, dose + j * 5} : Done{}; };
-    const Done first = done(vector, v), second = done(moved, u);
-    const bool clamped = u && meta[moved].clamps && weight != 0;
-    if (r) measure([=](int64_t i) { return T::load(r[i]) + T::load(x[i]); }, w, first, second, weight, clamped, s.t);
-    else measure([=](int64_t i) { return T::load(x[i]); }, w, first, second, weight, clamped, s.t);
+    const Param* param = b.param + b.slot_of[b.binding[row]] * b.ops;
+    const auto done = [&](int64_t j, const float* of) { return j < 0 ? Done{} : Done{of, param + j, dose + j * 5}; };
+    const Done first = done(one.vector, v), second = done(one.moved, u);
+    if (r) measure([=](int64_t i) { return T::load(r[i]) + T::load(x[i]); }, w, first, second, weight, one.clamped, s.t);
+    else measure([=](int64_t i) { return T::load(x[i]); }, w, first, second, weight, one.clamped, s.t);
   }
-  auto* old = reinterpret_cast<typename T::type*>(s.old);
-  bool made = false;
-  if (weight == 0) made = v && finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return v[i]; });
-  else if (v) made = finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return v[i] + weight * u[i]; });
-  else made = finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return weight * u[i]; });
-  for (const int64_t j : {vector, moved})
-    if (made && j >= 0) count(counts + j * 3 + 2);
-  return true;
+  const auto total = [=](int64_t i) { return v[i] + weight * u[i]; };
+  const bool made = r && follow ? finish<T, true>(x, r, w, s, total) : finish<T, false>(x, r, w, s, total);
+  if (made)
+    for (const int64_t j : {one.vector, one.moved})
+      if (j >= 0) count(one.counts + j * 3 + 2, s.alone);
+  return r && follow;
 }
 
 template <class T>
@@ -474,7 +516,6 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
   const Param* param = b.param + slot * b.ops;
   const float* gain = b.gain + row * b.keys;
   int32_t* counts = b.counts + owner * b.ops * 3;
-  if (steer_simply<T>(b, slot, gain, counts, x, r, dose, s)) return;
   const float *total = nullptr, *last = nullptr;  // float32 corrections: the sum of the last two is made in `finish`
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
     const Meta& m = meta[j];
@@ -489,7 +530,7 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
           if (r) for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(S::round(T::load(r[i]) + T::load(x[i])) + u[i]);
           else for (int64_t i = 0; i < w; ++i) s.state[i] = S::round(S::round(T::load(x[i])) + u[i]);
         });
-      count(counts + j * 3);
+      count(counts + j * 3, s.alone);
       total = u;
       continue;
     }
@@ -509,8 +550,8 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
       }
       effect = correct<M>(b, slot * b.ops + j, u, seen, g, total ? s.change : s.total, s.t);
     });
-    count(counts + j * 3);
-    if (effect.clamped) count(counts + j * 3 + 1);
+    count(counts + j * 3, s.alone);
+    if (effect.clamped) count(counts + j * 3 + 1, s.alone);
     float* out = dose ? dose + j * 5 : nullptr;
     float before = effect.before, ratio = 0;
     if (out) {
@@ -528,12 +569,11 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
     else if (!last) total = s.total;
   }
   if (!total) return;
-  auto* old = reinterpret_cast<typename T::type*>(s.old);
-  const bool made = last ? finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return total[i] + last[i]; })
-                         : finish<T>(x, r, old, s.seen, w, [=](int64_t i) { return total[i]; });
+  const bool made = last ? finish<T, false>(x, r, w, s, [=](int64_t i) { return total[i] + last[i]; })
+                         : finish<T, false>(x, r, w, s, [=](int64_t i) { return total[i]; });
   if (made)
     for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j)
-      if (!std::isnan(gain[meta[j].key])) count(counts + j * 3 + 2);
+      if (!std::isnan(gain[meta[j].key])) count(counts + j * 3 + 2, s.alone);
 }
 
 // Ask for the program of a row before its turn: between passes it has left the cache.
@@ -548,86 +588,123 @@ inline void fetch(const Bank& b, int64_t row) {
   __builtin_prefetch(b.counts + owner * b.ops * 3, 1);
 }
 
-template <class T>
-void steer(const Bank& b, const at::Tensor& x, const std::vector<int32_t>& rows) {
-  using V = typename T::type;
-  V* base = static_cast<V*>(x.data_ptr());
-  const V* stream = b.residual ? static_cast<const V*>(b.residual->const_data_ptr()) : nullptr;
-  float* doses = b.dose ? b.dose->mutable_data_ptr<float>() : nullptr;
-  const int64_t stride = x.stride(0), stream_stride = stream ? b.residual->stride(0) : 0;
-  const int64_t count = static_cast<int64_t>(rows.size());
-  const auto run = [&](int64_t begin, int64_t end) {
-    Scratch& s = scratch;
-    s.fit(b.width, b.each);
-    for (int64_t k = begin; k < end; ++k) {
-      const int64_t i = rows[k];
-      if (k + 1 < end) fetch(b, rows[k + 1]);
-      steer_row<T>(b, i, base + i * stride, stream ? stream + i * stream_stride : nullptr,
-                   doses ? doses + i * b.ops * 5 : nullptr, s);
-    }
-  };
-  if (count * b.width < 2 * WORK) run(0, count);
-  else at::parallel_for(0, count, std::max<int64_t>(1, WORK / b.width), run);
-}
-
 void check_rows(const at::Tensor& t, int64_t width, const char* what) {
   TORCH_CHECK(t.dim() == 2 && t.size(1) == width && (width == 1 || t.stride(1) == 1), what, ": shape ", t.sizes(),
               " and strides ", t.strides(), " were given; rows of width ", width, " were expected");
 }
 
-void apply_(const at::Tensor& x, int64_t handle, int64_t n) {
-  const Bank& b = *reinterpret_cast<const Bank*>(handle);
-  n = std::min(n, x.size(0));
-  std::vector<int32_t>& rows = scratch.rows;
-  rows.clear();
-  for (int64_t i = 0; i < n; ++i) {
-    const int32_t slot = b.slot_of[b.binding[i]];
-    if (slot != 0 && b.meta[slot * b.ops].kind != NONE) rows.push_back(static_cast<int32_t>(i));
+enum After : int64_t { LEAVE, SET, ADD };  // what becomes of tracked rows of the stream: r, x, r + x
+
+// What is done to the rows of a tensor: a branch that came before is added to the stream, banks act in order, and the
+// stream is brought up to date.
+struct Work {
+  const Bank* const* banks;
+  size_t count;
+  const int32_t *binding, *slot_of;  // slot_of: only rows with a steering; null: all tracked rows
+  const at::Tensor *before, *stream;
+  After after;
+  int64_t from, to;  // columns of the banks; to < 0: all
+};
+
+template <class V>
+struct View {
+  V* base = nullptr;
+  int64_t stride = 0;
+  explicit View(const at::Tensor* t) {
+    if (t) base = static_cast<V*>(t->data_ptr()), stride = t->stride(0);
   }
-  if (rows.empty()) return;
-  check_rows(x, b.width, "x");
-  for (const auto* other : {&b.residual, &b.dose})
-    TORCH_CHECK(!*other || (*other)->size(0) >= n, "a buffer of ", (*other)->size(0), " rows was given for ", n, " rows");
-  TORCH_CHECK(!b.residual || b.residual->scalar_type() == x.scalar_type(), "x is ", x.scalar_type(),
-              " and the residual is ", b.residual->scalar_type());
-  if (x.scalar_type() == at::kFloat) steer<F32>(b, x, rows);
-  else if (x.scalar_type() == at::kBFloat16) steer<BF16>(b, x, rows);
-  else if (x.scalar_type() == at::kHalf) steer<F16>(b, x, rows);
-  else TORCH_CHECK(false, "x: dtype ", x.scalar_type(), " cannot be steered");
+  V* operator[](int64_t row) const { return base ? base + row * stride : nullptr; }
+};
+
+template <class T>
+inline void add(typename T::type* __restrict r, const typename T::type* __restrict x, int64_t w) {
+  for (int64_t i = 0; i < w; ++i) r[i] = T::store(T::summed(T::load(r[i]) + T::load(x[i])));
 }
 
 template <class T>
-void update(const at::Tensor& r, const at::Tensor& x, const int32_t* binding, int64_t n, bool add) {
+void work(const Work& job, const at::Tensor& x, const std::vector<int32_t>& rows) {
   using V = typename T::type;
-  const int64_t w = x.size(1), xs = x.stride(0), rs = r.stride(0);
-  const V* from = static_cast<const V*>(x.data_ptr());
-  V* to = static_cast<V*>(r.data_ptr());
+  const View<V> xs(&x), rs(job.stream), before(job.before);
+  const int64_t count = static_cast<int64_t>(rows.size()), w = x.size(1);
+  const bool alone = count * w < 2 * WORK;
   const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (binding[i] == 0) continue;
-      const V* __restrict a = from + i * xs;
-      V* __restrict out = to + i * rs;
-      if (add) for (int64_t k = 0; k < w; ++k) out[k] = T::store(T::summed(T::load(out[k]) + T::load(a[k])));
-      else std::memcpy(out, a, w * sizeof(V));
+    Scratch& s = scratch;
+    s.alone = alone;
+    if (job.count) s.fit(job.banks[0]->width, job.banks[0]->each);
+    const int64_t block = std::clamp<int64_t>(NEAR / w, 1, BLOCK);
+    for (int64_t first = begin; first < end; first += block) {
+      const int64_t size = std::min(block, end - first);
+      const int32_t* row = rows.data() + first;
+      for (int64_t k = block; k < std::min(2 * block, end - first) && job.count; ++k) fetch(*job.banks[0], row[k]);
+      if (job.before)
+        for (int64_t k = 0; k < size; ++k) add<T>(rs[row[k]], before[row[k]], w);
+      std::array<bool, BLOCK> followed{};
+      for (size_t n = 0; n < job.count; ++n) {
+        const Bank& b = *job.banks[n];
+        const View<V> stream(b.residual ? &*b.residual : nullptr);
+        const bool follow = job.after == ADD && n + 1 == job.count && b.residual;
+        std::array<Simple, BLOCK> simple;
+        std::array<Form, BLOCK> form;
+        for (int64_t k = 0; k < size; ++k)
+          form[k] = look<T>(b, row[k], xs[row[k]] + job.from, stream[row[k]], s, k, simple[k]);
+        const auto dose = [&](int64_t i) {
+          return b.dose ? b.dose->template mutable_data_ptr<float>() + i * b.ops * 5 : nullptr;
+        };
+        for (int64_t k = 0; k < size; ++k)
+          if (const int64_t i = row[k]; form[k] == SIMPLE)
+            followed[k] = act<T>(b, i, simple[k], xs[i] + job.from, stream[i], follow, dose(i), s);
+        for (int64_t k = 0; k < size; ++k)  // they take the rooms of those
+          if (const int64_t i = row[k]; form[k] == OTHER) steer_row<T>(b, i, xs[i] + job.from, stream[i], dose(i), s);
+      }
+      for (int64_t k = 0; k < size; ++k) {
+        if (job.after == ADD && !followed[k]) add<T>(rs[row[k]], xs[row[k]], w);
+        else if (job.after == SET) std::memcpy(rs[row[k]], xs[row[k]], w * sizeof(V));
+      }
     }
   };
-  if (n * w < 4 * WORK) run(0, n);
-  else at::parallel_for(0, n, std::max<int64_t>(1, 2 * WORK / w), run);
+  if (alone) run(0, count);
+  else at::parallel_for(0, count, std::max<int64_t>(1, WORK / w), run);
 }
 
-void update(const at::Tensor& r, const at::Tensor& x, const int32_t* owner, int64_t n, bool add) {
+void work(const Work& job, const at::Tensor& x, int64_t n) {
   n = std::min(n, x.size(0));
-  check_rows(x, r.size(1), "x");
-  check_rows(r, r.size(1), "residual");
-  TORCH_CHECK(r.scalar_type() == x.scalar_type() && r.size(0) >= n, "residual: ", r.size(0), " rows of ",
-              r.scalar_type(), " for ", n, " rows of ", x.scalar_type());
-  if (x.scalar_type() == at::kFloat) update<F32>(r, x, owner, n, add);
-  else if (x.scalar_type() == at::kBFloat16) update<BF16>(r, x, owner, n, add);
-  else update<F16>(r, x, owner, n, add);
+  std::vector<int32_t>& rows = scratch.rows;
+  rows.resize(n);
+  int32_t* last = rows.data();
+  for (int64_t i = 0; i < n; ++i)
+    if (const int32_t owner = job.binding[i]; owner != 0 && (!job.slot_of || job.slot_of[owner] != 0)) *last++ = i;
+  rows.resize(last - rows.data());
+  if (rows.empty()) return;
+  check_rows(x, x.size(1), "x");
+  for (size_t k = 0; k < job.count; ++k) {
+    const Bank& b = *job.banks[k];
+    TORCH_CHECK((job.to < 0 ? x.size(1) : job.to - job.from) == b.width && job.to <= x.size(1), "x: ", x.size(1),
+                " columns were given; ", b.width, " were expected");
+    for (const auto* other : {&b.residual, &b.dose})
+      TORCH_CHECK(!*other || (*other)->size(0) >= n, "a buffer of ", (*other)->size(0), " rows was given for ", n, " rows");
+    TORCH_CHECK(!b.residual || b.residual->scalar_type() == x.scalar_type(), "x is ", x.scalar_type(),
+                " and the residual is ", b.residual->scalar_type());
+  }
+  for (const at::Tensor* other : {job.before, job.after == LEAVE ? nullptr : job.stream}) {
+    if (!other) continue;
+    check_rows(*other, x.size(1), other == job.before ? "before" : "residual");
+    TORCH_CHECK(other->scalar_type() == x.scalar_type() && other->size(0) >= n, other->size(0), " rows of ",
+                other->scalar_type(), " were given for ", n, " rows of ", x.scalar_type());
+  }
+  if (x.scalar_type() == at::kFloat) work<F32>(job, x, rows);
+  else if (x.scalar_type() == at::kBFloat16) work<BF16>(job, x, rows);
+  else if (x.scalar_type() == at::kHalf) work<F16>(job, x, rows);
+  else TORCH_CHECK(false, "x: dtype ", x.scalar_type(), " cannot be steered");
+}
+
+void apply_(const at::Tensor& x, int64_t handle, int64_t n) {
+  const Bank* b = reinterpret_cast<const Bank*>(handle);
+  check_rows(x, b->width, "x");
+  work({&b, 1, b->binding, b->slot_of, nullptr, nullptr, LEAVE, 0, -1}, x, n);
 }
 
 void update_(const at::Tensor& r, const at::Tensor& x, const at::Tensor& binding, int64_t n, bool add) {
-  update(r, x, binding.const_data_ptr<int32_t>(), n, add);
+  work({nullptr, 0, binding.const_data_ptr<int32_t>(), nullptr, nullptr, &r, add ? ADD : SET, 0, -1}, x, n);
 }
 
 // Buffers: the five tables of a bank, then binding, slot_of and gain.
@@ -663,13 +740,13 @@ void release(int64_t handle) { delete reinterpret_cast<Bank*>(handle); }
 
 // What a tap does with its tensor (live.py): the banks of its sites in order, then the stream.
 struct Tap {
-  const int64_t* step;  // see Step.control in step.py
+  int64_t* step;  // see Step.control in step.py
   int64_t* own;  // calls; whether this pass needs Python: rows to record, ops outside the banks
   std::vector<const Bank*> banks, dosed;  // the same banks, without and with buffers for full doses
   std::optional<at::Tensor> stream;
   const int32_t* binding;
   int64_t number, from, to;
-  enum After : int64_t { LEAVE, SET, ADD } after;  // what becomes of the stream's tracked rows: r, x, r + x
+  After after;
   std::vector<at::Tensor> kept;
 };
 std::unordered_map<std::string, std::shared_ptr<const Tap>> taps;
@@ -678,16 +755,16 @@ std::mutex taps_lock;
 void enroll(std::string name, const std::vector<int64_t>& banks, const std::vector<at::Tensor>& tables,
             const std::optional<at::Tensor>& stream, const std::vector<int64_t>& place) {
   TORCH_CHECK(tables.size() == 3 && tables[0].numel() == 8, "tap: step [8], own and binding");
-  TORCH_CHECK(place.size() == 4 && (stream || place[3] == Tap::LEAVE), "tap: number, first column, end, and after");
+  TORCH_CHECK(place.size() == 4 && (stream || place[3] == LEAVE), "tap: number, first column, end, and after");
   auto tap = std::make_shared<Tap>();
-  tap->step = tables[0].const_data_ptr<int64_t>();
+  tap->step = tables[0].mutable_data_ptr<int64_t>();
   tap->own = tables[1].mutable_data_ptr<int64_t>();
   tap->binding = tables[2].const_data_ptr<int32_t>();
   for (size_t i = 0; i < banks.size(); ++i)
     (i % 2 ? tap->dosed : tap->banks).push_back(reinterpret_cast<const Bank*>(banks[i]));
   tap->stream = stream;
   tap->number = place[0], tap->from = place[1], tap->to = place[2];
-  tap->after = static_cast<Tap::After>(place[3]);
+  tap->after = static_cast<After>(place[3]);
   tap->kept = tables;
   const std::lock_guard<std::mutex> held(taps_lock);
   taps[std::move(name)] = std::move(tap);
@@ -730,29 +807,37 @@ std::shared_ptr<const Tap> find(const std::string& name) {
   return found == taps.end() ? nullptr : found->second;
 }
 
-// Run a tap on its tensor. Returns false, its stream begun, where it needs Python.
-bool run(const Tap& tap, const at::Tensor& x) {
-  const int64_t* step = tap.step;
+// Run a tap on its tensor; `before` is that of the tap before, which joins it. Returns false where it needs Python: all
+// of that one is done then, and the stream has begun.
+bool run(const Tap& tap, const at::Tensor& x, const at::Tensor* before) {
+  int64_t* step = tap.step;
   if (step[0] == 0 || tap.number > step[2]) return true;
   const int64_t n = step[1];
-  if (tap.number == 0 && step[4] && tap.stream) embed(*tap.stream, *reinterpret_cast<const Lookup*>(step[4]), n);
-  if (tap.own[1] != 0 || x.dim() != 2 || x.size(0) < n) return false;
+  const at::Tensor* stream = tap.stream ? &*tap.stream : nullptr;
+  if (tap.number == (before ? 1 : 0) && step[4] && stream) embed(*stream, *reinterpret_cast<const Lookup*>(step[4]), n);
+  if (tap.own[1] != 0 || x.dim() != 2 || x.size(0) < n) {
+    if (before && stream) work({nullptr, 0, tap.binding, nullptr, nullptr, stream, ADD, 0, -1}, *before, n);
+    return false;
+  }
   ++tap.own[0];
-  const at::Tensor seen = tap.to < 0 ? x : x.narrow(1, tap.from, tap.to - tap.from);
-  for (const Bank* bank : step[3] ? tap.dosed : tap.banks) apply_(seen, reinterpret_cast<int64_t>(bank), n);
-  if (tap.after != Tap::LEAVE) update(*tap.stream, x, tap.binding, n, tap.after == Tap::ADD);
+  const auto& banks = step[3] ? tap.dosed : tap.banks;
+  const at::Tensor* added = stream ? before : nullptr;
+  work({banks.data(), banks.size(), tap.binding, nullptr, added, stream, tap.after, tap.from, tap.to}, x, n);
+  if (tap.number == step[2]) step[0] = 0;  // the pass is over
   return true;
 }
 
-void ask_python(const at::Tensor& x, std::string name) {
+void ask_python(const at::Tensor& x, std::string name, const at::Tensor* before) {
   static const auto python = c10::Dispatcher::singleton().findSchemaOrThrow("trimtab::live_", "");
-  torch::jit::Stack stack{x, std::move(name)};
+  torch::jit::Stack stack{x, std::move(name), before ? c10::IValue(*before) : c10::IValue()};
   python.callBoxed(stack);
 }
 
-void site_(const at::Tensor& x, std::string name) {
+void site_(const at::Tensor& x, std::string name, const std::optional<at::Tensor>& given) {
+  const at::Tensor* before = given ? &*given : nullptr;
   const auto tap = find(name);
-  if (!tap || !run(*tap, x)) ask_python(x, std::move(name));
+  if (!tap) ask_python(x, std::move(name), before);
+  else if (!run(*tap, x, before)) ask_python(x, std::move(name), nullptr);
 }
 
 }  // namespace
@@ -801,19 +886,24 @@ std::shared_ptr<const Tap> find(PyObject* name) {
   return tap;
 }
 
-// site_ as a plain Python function of a tensor and the name of a tap: through torch.ops it takes six times as long to get here.
+// site_ as a plain Python function of a tensor, the name of a tap, and the tensor before: through torch.ops it takes six
+// times as long to get here.
 PyObject* called(PyObject*, PyObject* const* given, Py_ssize_t count) {
   HANDLE_TH_ERRORS
-  TORCH_CHECK(count == 2 && THPVariable_Check(given[0]) && PyUnicode_Check(given[1]), "site_: a tensor and a tap's name");
+  const bool joined = count == 3 && given[2] != Py_None;
+  TORCH_CHECK((count == 2 || count == 3) && THPVariable_Check(given[0]) && PyUnicode_Check(given[1]) &&
+                  (!joined || THPVariable_Check(given[2])),
+              "site_: a tensor and a tap's name, and the tensor before if any, were expected");
   const at::Tensor& x = THPVariable_Unpack(given[0]);
+  const at::Tensor* before = joined ? &THPVariable_Unpack(given[2]) : nullptr;
   const auto tap = find(given[1]);
   bool done = false;
   if (tap) {
     std::optional<pybind11::gil_scoped_release> others;
     if (x.numel() > WORK) others.emplace();
-    done = run(*tap, x);
+    done = run(*tap, x, before);
   }
-  if (!done) ask_python(x, text_of(given[1]));
+  if (!done) ask_python(x, text_of(given[1]), tap ? nullptr : before);
   Py_RETURN_NONE;
   END_HANDLE_TH_ERRORS
 }

@@ -40,6 +40,8 @@ class RunnerV1:
         """The scheduler's output for the pass that comes."""
         self._sampled = False
         """Whether the next logits are those of the last rows of a pass."""
+        self._quiet = False
+        """Whether passes like the last one are the kernel's alone: begun here as they are planned, and run as stock."""
 
     @staticmethod
     def accepts(runner: Any) -> bool:
@@ -58,7 +60,7 @@ class RunnerV1:
         if state.graphs:
             require_untested("inside device graphs", "start the engine with enforce_eager=True")
             follow_graphs(runner, state)
-            self._blank_dummies(runner, state)
+        self._blank_dummies(runner, state)
         sampled = SampledRows(state)
         self._follow_requests(runner, state, self._passes(runner, state, sampled))
         compute_logits = runner.model.compute_logits
@@ -76,7 +78,7 @@ class RunnerV1:
 
     @staticmethod
     def _blank_dummies(runner: Any, state: WorkerState) -> None:
-        """Let no row be tracked in passes that stand for nothing; a graph runs the taps in them."""
+        """Let no row be tracked in passes that stand for nothing: the taps may run in them."""
         dummy = runner._dummy_run
 
         def dummy_run(*args: Any, **kwargs: Any) -> Any:
@@ -86,7 +88,7 @@ class RunnerV1:
         runner._dummy_run = dummy_run
 
     def _follow_requests(self, runner: Any, state: WorkerState, passes: _Detour) -> None:
-        update = runner._update_states
+        update, step = runner._update_states, state.step
 
         def follow(plan: Any) -> None:
             for req_id in plan.finished_req_ids:
@@ -96,16 +98,28 @@ class RunnerV1:
                 if params is not None and params.extra_args:
                     ids = new.prompt_token_ids or []
                     state.bind(new.req_id, params.extra_args, list(ids), params.max_tokens or 1)
-            if passes.taken and not state.bound:
+            if not state.bound and (passes.taken or self._quiet):
                 self._sampled = False
-                state.step.blank()
+                step.blank()
+            self._quiet = False
             passes.take(bool(state.bound))
 
         def update_states(scheduler_output: Any) -> Any:
-            self._planned = scheduler_output
-            if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
-                follow(scheduler_output)
-            return update(scheduler_output)
+            self._planned = plan = scheduler_output
+            if plan.finished_req_ids or plan.scheduled_new_reqs:
+                follow(plan)
+            done = update(plan)
+            if self._quiet and not (
+                (step.table is None or (state.table is not None and state.table() is step.table))
+                and step.goes_on(
+                    runner.input_batch.req_ids,
+                    plan.total_num_scheduled_tokens,
+                    sum(plan.scheduled_cached_reqs.num_computed_tokens),
+                )
+            ):
+                self._quiet = False
+                passes.take(True)
+            return done
 
         runner._update_states = update_states
 
@@ -143,9 +157,13 @@ class RunnerV1:
                 state.doses.take(step)
             if step.prompt_logits and isinstance(hidden, Tensor):  # the last pipeline stage
                 sampled.prompt(hidden, compute_logits)
+            if step.quiet and inputs_embeds is None and LOGITS not in state.recorded:
+                self._quiet = state.residual is None or step.table is not None
+                passes.take(not self._quiet)
             return hidden
 
-        return _Detour(runner, "_model_forward", model_forward)
+        passes = _Detour(runner, "_model_forward", model_forward)
+        return passes
 
     @staticmethod
     def _samples(runner: Any, state: WorkerState, sampled: SampledRows) -> _Detour:
