@@ -197,7 +197,7 @@ def test_norms_behind_branches_are_rounded_to_16_bits_once_more_when_compiled(tm
 def corrections(model: str, modes: list[str]) -> dict[str, Any]:
     """Record states before and after ops of each math dtype along forced tokens, eager and compiled."""
     vectors = torch.randn(2, 128, generator=torch.Generator().manual_seed(4))
-    sites, states = ["layers.0.resid_pre", "layers.1.mlp_out"], {}
+    sites, states = ["layers.0.resid_pre", "layers.1.mlp_out", "layers.1.resid_post"], {}
     for mode in modes:
         llm = engine.start(model, {"sites": sites}, dtype="bfloat16", enforce_eager=mode == "eager")
         client = engine.attached(llm)
@@ -217,12 +217,14 @@ def corrections(model: str, modes: list[str]) -> dict[str, Any]:
 
 def compared(states: Any, sites: list[str], vectors: torch.Tensor) -> dict[str, Any]:
     """Compare the modes where they read the same states, and each with the reference on the states that it read."""
-    found: dict[str, Any] = {"read": [], "written": [], "reference": [], "moved": []}
+    found: dict[str, Any] = {"read": [], "written": [], "reference": [], "moved": [], "apart": []}
     for math in MATHS:
         eager, compiled = states["eager", math], states["compiled", math]
         found["read"].append(torch.equal(eager[sites[0], "before"], compiled[sites[0], "before"]))
         found["written"].append(torch.equal(eager[sites[0], "after"], compiled[sites[0], "after"]))
         ops = [Add(vectors[0], scale=0.37, math=math), Cap(vectors[1], max=-0.21, math=math)]
+        for key, rows in eager.items():
+            found["apart"].append(float((compiled[key].float() - rows.float()).norm() / rows.float().norm()))
         for held in (eager, compiled):
             for site in sites:
                 program = Steering({site: ops}).resolve(num_layers=2, hidden_size=128, sites=[Site.parse(site)])[
@@ -243,6 +245,7 @@ def test_a_compiled_engine_corrects_as_an_eager_one_does_to_the_bit(tmp_path: Pa
     assert found["read"] == [True] * 3, "embeddings are looked up: both modes read the same states"
     assert found["written"] == [True] * 3
     assert found["maths differ"]
+    assert max(found["apart"]) < 0.03, "the stream is followed in both modes, through blocks that nothing steers"
     assert max(found["reference"]) < 2**-8  # half of one rounding to bfloat16 of the largest element
     assert min(found["moved"]) > 0.5
 

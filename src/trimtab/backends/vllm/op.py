@@ -18,10 +18,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 from torch._inductor import config
-from torch._inductor.custom_graph_pass import CustomGraphPass, get_custom_graph_passes
-from torch.fx import Graph, Node
+from torch._inductor.custom_graph_pass import get_custom_graph_passes
 from torch.library import Library
 
+from trimtab.backends.vllm.joining import Joining
 from trimtab.backends.vllm.kernels import native
 
 
@@ -86,21 +86,8 @@ def _guarded(node: Any, writeline: Callable[[str], None]) -> None:
     writeline(f"if trimtab_passes: trimtab_site({arguments})")
 
 
-class _Joining(CustomGraphPass):
-    """Has each tap that joins the next one be done with it, in one call."""
-
-    def __call__(self, graph: Graph) -> None:
-        joining: Node | None = None
-        for node in graph.find_nodes(op="call_function", target=site_):
-            if joining is not None:
-                node.args = (*node.args, joining.args[0])
-                graph.erase_node(joining)
-            live = _live.get(node.args[1])
-            joining = node if live is not None and live.joins else None
-
-    def uuid(self) -> tuple[str, ...]:
-        """Return what decides how graphs come out, for Inductor's own cache."""
-        return (CALLED, *sorted(name for name, live in list(_live.items()) if live.joins))
+def _joining() -> list[str]:
+    return [name for name, live in list(_live.items()) if live.joins]
 
 
 @functools.cache
@@ -109,7 +96,10 @@ def adapt() -> None:
 
     Graphs of vLLM's own compiler, on accelerators, have passes of their own there, and call it for every tap.
     """
-    config.pre_grad_custom_pass = (*get_custom_graph_passes(config.pre_grad_custom_pass), _Joining())
+    config.pre_grad_custom_pass = (
+        *get_custom_graph_passes(config.pre_grad_custom_pass),
+        Joining(site_, CALLED, _joining),
+    )
     try:
         from torch._inductor.codegen.custom_extern_kernel_codegen import CUSTOM_EXTERN_KERNEL_CODEGEN, CustomCodegen
     except ImportError:  # another torch: the operator is called, and finds out by itself

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -112,9 +113,74 @@ def test_a_compiled_graph_calls_a_tap_that_joins_the_next_one_with_it(step: Step
     torch.testing.assert_close(joined, branches[1])
 
 
+torch.library.define("trimtab_tests::double_", "(Tensor x, Tensor(a!) y) -> ()")
+torch.library.impl("trimtab_tests::double_", "CompositeExplicitAutograd", lambda x, y: [y.mul_(2), None][1])
+torch.library.register_fake("trimtab_tests::double_", lambda x, y: None)
+USES: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
+    "read": (True, lambda y: torch.tanh(y)),
+    "read through a view": (True, lambda y: y.view(-1).float().sum() + torch.split(y, 1)[0]),
+    "read by an operator": (True, lambda y: (z := y + 1, torch.ops.trimtab_tests.double_.default(y, z))[0]),
+    "written by a method": (False, lambda y: y.mul_(2)),
+    "written by a function": (False, lambda y: torch.relu_(y)),
+    "written in place": (False, lambda y: operator.iadd(y, 1)),
+    "written by an operator": (False, lambda y: (torch.ops.trimtab_tests.double_.default(torch.ones(1), y), y + 0)[1]),
+    "written through a view": (False, lambda y: y.view(-1).mul_(2).view(y.shape)),
+    "written through a part": (False, lambda y: y.split(1)[0].mul_(2) + y),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_a_tap_whose_tensor_is_overwritten_joins_no_other(name: str, step: Step) -> None:
+    """Norms of vLLM that run as operators of its own write to the branch that they are given."""
+    op.adapt()
+    torch.compiler.reset()
+    joined, use = USES[name]
+    taps = [Doubling(joins=True), Doubling()]
+    names = [op.enroll(f"tests.written.{number}", tap) for number, tap in enumerate(taps)]
+
+    def block(x: Tensor) -> Tensor:
+        y = x @ torch.eye(WIDTH)
+        op.site_(y, names[0])
+        z = use(y) + torch.eye(3, WIDTH)
+        op.site_(z, names[1])
+        return z
+
+    step.active = True
+    torch.compile(block, fullgraph=True)(torch.ones(3, WIDTH))
+    assert [tap.calls for tap in taps] == [not joined, 1]
+    (before,) = taps[1].before
+    assert (before is not None) == joined
+    assert before is None or torch.equal(before, torch.ones(3, WIDTH))
+
+
+def test_a_tap_that_one_joined_joins_no_other(step: Step) -> None:
+    """Blocks before the first site are only followed: all of their taps could join."""
+    op.adapt()
+    torch.compiler.reset()
+    taps = [Doubling(joins=joins) for joins in (True, True, True, False)]
+    names = [op.enroll(f"tests.chain.{number}", tap) for number, tap in enumerate(taps)]
+
+    def blocks(x: Tensor) -> Tensor:
+        for name in names:
+            y = x @ torch.eye(WIDTH)
+            op.site_(y, name)
+            x = x + y
+        return x
+
+    x = torch.ones(2, WIDTH)
+    step.active = True
+    assert torch.equal(torch.compile(blocks, fullgraph=True)(x), 36 * x)  # twice what it is, three times that, ...
+    assert [tap.calls for tap in taps] == [0, 1, 0, 1]
+    (first,), (second,) = taps[1].before, taps[3].before
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, x)
+    assert torch.equal(second, 6 * x)
+
+
 @pytest.mark.skipif(native() is None, reason="needs the kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("where", ["in the kernel", "asked by it", "in Python"])
+@pytest.mark.parametrize("where", ["in the kernel", "asked by it", "asked for more dimensions", "in Python"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_tap_that_another_one_joins_does_what_both_do(
     dtype: torch.dtype, where: str, plain: bool, monkeypatch: MonkeyPatch
@@ -146,6 +212,8 @@ def test_a_tap_that_another_one_joins_does_what_both_do(
             stream[:6] = table
         else:
             step.embed(torch.arange(6), table)
+        if where == "asked for more dimensions":
+            branches = [one.view(2, 3, WIDTH) for one in branches]
         if where == "asked by it":
             step._taps[1][1] = 1  # as in a pass that records rows there
         call = op.call if plain else op.site_
@@ -158,7 +226,7 @@ def test_a_tap_that_another_one_joins_does_what_both_do(
         streams.append(stream)
         del live
     assert torch.equal(*streams)
-    expected = (table + branches[0]) + branches[1]
+    expected = table + branches[0].view(6, WIDTH) + branches[1].view(6, WIDTH)
     assert torch.equal(streams[0][[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
     assert torch.equal(streams[0][[1, 5]], table[[1, 5]])
 

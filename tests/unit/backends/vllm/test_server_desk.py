@@ -315,6 +315,10 @@ class Invalid(Exception):
         super().__init__(message)
 
 
+class Busy(Invalid):
+    """Stands for the one that they answer with 503."""
+
+
 class Engine:
     """An engine whose answer is given."""
 
@@ -335,7 +339,7 @@ def refusals(desk: Desk) -> dict[str, float]:
 
 @pytest.fixture
 def exceptions(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in = SimpleNamespace(VLLMValidationError=Invalid, RetryableRequestError=Invalid)
+    stand_in = SimpleNamespace(VLLMValidationError=Invalid, RetryableRequestError=Busy)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(exceptions=stand_in))
     monkeypatch.setitem(sys.modules, "vllm.exceptions", stand_in)
 
@@ -383,6 +387,25 @@ def test_refusals_of_routes_whose_bodies_are_not_read_are_counted(tmp_path: Path
         assert refusals(desk) == {"unknown_name": 1, "bad_strength": 1, "bad_request": 1, "outside_prompt": 1}
         assert not engine.ran
         assert not desk._in_flight
+
+    at_desk(tmp_path, work)
+
+
+@pytest.mark.usefixtures("exceptions")
+def test_what_may_pass_is_answered_so_where_bodies_are_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trimtab.backends.vllm.server.desk.MAX_IN_FLIGHT", 0)
+
+    async def work(desk: Desk, workers: Workers, client: Client) -> None:
+        engine = Engine("stop")
+        engines.install(engine, desk)
+        with pytest.raises(Busy, match="try again later"):
+            [one async for one in engine.generate("text", sampling("one"), "r")]
+        with pytest.raises(Invalid) as refused:
+            [one async for one in engine.generate("text", sampling("nobody"), "r")]
+        assert not isinstance(refused.value, Busy)
+        assert refusals(desk) == {"bad_request": 1, "unknown_name": 1}
 
     at_desk(tmp_path, work)
 

@@ -816,7 +816,8 @@ bool run(const Tap& tap, const at::Tensor& x, const at::Tensor* before) {
   const at::Tensor* stream = tap.stream ? &*tap.stream : nullptr;
   if (tap.number == (before ? 1 : 0) && step[4] && stream) embed(*stream, *reinterpret_cast<const Lookup*>(step[4]), n);
   if (tap.own[1] != 0 || x.dim() != 2 || x.size(0) < n) {
-    if (before && stream) work({nullptr, 0, tap.binding, nullptr, nullptr, stream, ADD, 0, -1}, *before, n);
+    if (before && stream)
+      work({nullptr, 0, tap.binding, nullptr, nullptr, stream, ADD, 0, -1}, before->reshape({-1, before->size(-1)}), n);
     return false;
   }
   ++tap.own[0];

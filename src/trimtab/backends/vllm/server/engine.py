@@ -99,10 +99,12 @@ def _check_prompt(desk: Desk, turn: Turn, prompt: Any) -> None:
 
 
 def _invalid(desk: Desk, refusal: Refusal, given: Any) -> Exception:
-    """Count a refusal, and return it as vLLM's routes answer it with 400."""
-    from vllm.exceptions import VLLMValidationError
+    """Count a refusal, and return it as vLLM's routes answer it: with 503 where it may pass, with 400 otherwise."""
+    from vllm.exceptions import RetryableRequestError, VLLMValidationError
 
     desk.refuse(refusal)
+    if refusal.status == 503:
+        return RetryableRequestError(str(refusal))
     return VLLMValidationError(str(refusal), parameter=PARAM, value=repr(given)[:80])
 
 
