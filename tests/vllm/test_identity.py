@@ -217,7 +217,7 @@ def corrections(model: str, modes: list[str]) -> dict[str, Any]:
 
 def compared(states: Any, sites: list[str], vectors: torch.Tensor) -> dict[str, Any]:
     """Compare the modes where they read the same states, and each with the reference on the states that it read."""
-    found: dict[str, Any] = {"read": [], "written": [], "reference": [], "moved": [], "apart": []}
+    found: dict[str, Any] = {"read": [], "written": [], "reference": [], "over": [], "moved": [], "apart": []}
     for math in MATHS:
         eager, compiled = states["eager", math], states["compiled", math]
         found["read"].append(torch.equal(eager[sites[0], "before"], compiled[sites[0], "before"]))
@@ -232,7 +232,8 @@ def compared(states: Any, sites: list[str], vectors: torch.Tensor) -> dict[str, 
                 ]
                 before, after = held[site, "before"], held[site, "after"]
                 wide = program.apply(before, positions=torch.arange(len(before)), prompt_length=LENGTH).h
-                found["reference"].append(float((wide.float() - after.float()).abs().max() / after.float().abs().max()))
+                kind = "over" if site.endswith("resid_post") else "reference"  # over the stream, or a tensor of its own
+                found[kind].append(float((wide.float() - after.float()).abs().max() / after.float().abs().max()))
                 found["moved"].append(float((before != after).float().mean()))
     written = [states["eager", math][sites[0], "after"] for math in MATHS]
     found["maths differ"] = not torch.equal(written[0], written[1])
@@ -247,6 +248,7 @@ def test_a_compiled_engine_corrects_as_an_eager_one_does_to_the_bit(tmp_path: Pa
     assert found["maths differ"]
     assert max(found["apart"]) < 0.03, "the stream is followed in both modes, through blocks that nothing steers"
     assert max(found["reference"]) < 2**-8  # half of one rounding to bfloat16 of the largest element
+    assert max(found["over"]) < 2**-7  # and of the stream, whose sum with the branch is rounded too
     assert min(found["moved"]) > 0.5
 
 
