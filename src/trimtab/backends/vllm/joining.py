@@ -16,9 +16,9 @@ _VIEWS = frozenset((
     "detach",
 ))  # fmt: skip
 """Functions and methods that may return what they were given."""
-_IN_PLACE = frozenset(
+_IN_PLACE = {operator.setitem} | {
     getattr(operator, name) for name in dir(operator) if name.startswith("i") and name[1:] in dir(operator)
-)
+}
 
 
 class Joining(CustomGraphPass):
@@ -62,7 +62,8 @@ def _writes(user: Node, tensor: Node) -> bool:
     if user.op == "call_method":
         return str(user.target).endswith("_")
     target: Any = user.target
-    if isinstance(target, torch._ops.HigherOrderOperator) or "out" in user.kwargs:
+    asked = "out" in user.kwargs or any(one is True for one in (*user.args, user.kwargs.get("inplace")))
+    if isinstance(target, torch._ops.HigherOrderOperator) or asked:
         return True
     if isinstance(target, torch._ops.OpOverload):
         if target._overloadname == "maybe_inplace":  # of vLLM: what it is given is its own

@@ -116,12 +116,21 @@ def test_a_compiled_graph_calls_a_tap_that_joins_the_next_one_with_it(step: Step
 torch.library.define("trimtab_tests::double_", "(Tensor x, Tensor(a!) y) -> ()")
 torch.library.impl("trimtab_tests::double_", "CompositeExplicitAutograd", lambda x, y: [y.mul_(2), None][1])
 torch.library.register_fake("trimtab_tests::double_", lambda x, y: None)
+
+
+def set_first(y: Tensor) -> Tensor:
+    y[0] = 2.0
+    return y
+
+
 USES: dict[str, tuple[bool, Callable[[Tensor], Tensor]]] = {
     "read": (True, lambda y: torch.tanh(y)),
     "read through a view": (True, lambda y: y.view(-1).float().sum() + torch.split(y, 1)[0]),
     "read by an operator": (True, lambda y: (z := y + 1, torch.ops.trimtab_tests.double_.default(y, z))[0]),
     "written by a method": (False, lambda y: y.mul_(2)),
     "written by a function": (False, lambda y: torch.relu_(y)),
+    "written as an option": (False, lambda y: torch.nn.functional.relu(y, inplace=True)),
+    "written in an element": (False, set_first),
     "written in place": (False, lambda y: operator.iadd(y, 1)),
     "written by an operator": (False, lambda y: (torch.ops.trimtab_tests.double_.default(torch.ones(1), y), y + 0)[1]),
     "written through a view": (False, lambda y: y.view(-1).mul_(2).view(y.shape)),
