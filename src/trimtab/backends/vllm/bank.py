@@ -2,7 +2,8 @@
 
 Slot 0 is always empty. A slot holds up to `ops_per_site` ops in order; an op holds its kind, the key of its gains, its
 dtypes, a few numbers, its directions and, for bounds on several directions, their products. Numbers are packed as they
-are in the op's math dtype. The ops come down to four kinds:
+are in the op's math dtype. All of a slot lies together: what a row reads has left the cache since the pass before, and
+one piece of memory comes back sooner than four. The ops come down to four kinds:
 
     STATIC   c = v                                               Add, absolute and median_norm
     NORM     c = factor |h| u                                    Add, token_norm
@@ -15,7 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import inf
+from math import inf, prod
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -99,18 +100,9 @@ class SiteBank:
             )
         self.site, self.width, self.ops, self.model_dtype = site, width, ops_per_site, model_dtype
         self.each = min(max(1, max_directions // ops_per_site), MOST_DIRECTIONS)
-        place = (max_steering + 1, ops_per_site)
-
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.tables = Tables(
-            meta=zeros(*place, 8, dtype=torch.int32),
-            param=zeros(*place, 4, dtype=torch.float32),
-            directions=zeros(*place, self.each, width, dtype=storage),
-            bounds=zeros(*place, self.each, 2 + self.each, dtype=torch.float32),
-            counts=zeros(max_bound + 1, ops_per_site, 3, dtype=torch.int32) if counts is None else counts,
-        )
+        if counts is None:
+            counts = torch.zeros(max_bound + 1, ops_per_site, 3, dtype=torch.int32, device=device)
+        self.tables = Tables(*_slots(max_steering + 1, ops_per_site, self.each, width, storage, device), counts)
         self.counts = self.tables.counts
         """int32 [max_bound + 1, J, 3], per binding and op: rows that it selected; rows of them where a bound was
         active; rows of them that the ops of the site would have made non-finite, and that were held in the range."""
@@ -123,7 +115,8 @@ class SiteBank:
     @property
     def nbytes(self) -> int:
         """Memory of the buffers."""
-        return sum(one.numel() * one.element_size() for one in self.tables)
+        slots = self.tables.meta
+        return len(slots) * slots.stride(0) * slots.element_size() + self.counts.nbytes
 
     @staticmethod
     def supports(op: Op) -> bool:
@@ -262,6 +255,28 @@ def update_residual_(r: Tensor, x: Tensor, rows: StepRows, mode: Literal["set", 
         return
     n = x.shape[0] if r.device.type != "cpu" else min(rows.n, x.shape[0])
     update(r[:n], x[:n], rows.binding[:n], mode == "add")
+
+
+def _slots(
+    slots: int, ops: int, each: int, width: int, storage: torch.dtype, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the tables of slots, zeros: all of one slot lies together, so that a row reads one piece of memory."""
+    kinds = (torch.int32, torch.float32, torch.float32, storage)
+    shapes = ((ops, 8), (ops, 4), (ops, each, 2 + each), (ops, each, width))
+    sizes = [prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)]
+    head = _whole_lines(sum(sizes[:3]))
+    starts = [0, sizes[0], sizes[0] + sizes[1], head]
+    memory = torch.zeros(slots, head + _whole_lines(sizes[3]), dtype=torch.uint8, device=device)
+    meta, param, bounds, directions = (
+        memory[:, start : start + size].view(kind).view(slots, *shape)
+        for start, size, kind, shape in zip(starts, sizes, kinds, shapes, strict=True)
+    )
+    return meta, param, directions, bounds
+
+
+def _whole_lines(size: int) -> int:
+    """Return a number of bytes made up to whole cache lines."""
+    return -(-size // 64) * 64
 
 
 def _count(op: Op) -> int:

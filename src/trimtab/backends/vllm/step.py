@@ -22,6 +22,8 @@ from trimtab.sites import Site
 from trimtab.steering import Positions
 
 Ints = np.ndarray[Any, np.dtype[Any]]
+_TOGETHER = 256
+"""Taps whose numbers lie in one piece of memory."""
 
 
 class Span(NamedTuple):
@@ -116,6 +118,7 @@ class Step:
         self._steady = False
         self._filled = 0
         self._taps: list[Ints] = []
+        self._owns = torch.zeros(0, 2, dtype=torch.int64)  # what the newest of them have
         self._tap_of: dict[Site, int] = {}
         self._asked: set[int] = set()
         self.table: Tensor | None = None
@@ -169,7 +172,10 @@ class Step:
         Returns:
             Its number, and int64 [2]: its calls, and whether a pass needs Python there.
         """
-        number, own = len(self._taps), torch.zeros(2, dtype=torch.int64)
+        number = len(self._taps)
+        if number % _TOGETHER == 0:
+            self._owns = torch.zeros(_TOGETHER, 2, dtype=torch.int64)
+        own = self._owns[number % _TOGETHER]
         self._taps.append(own.numpy())
         self._tap_of |= dict.fromkeys(sites, number)
         return number, own

@@ -191,29 +191,46 @@ struct Param { float factor, inverse, ratio, unused; };
 constexpr int64_t MOST = 64;  // directions of one op
 constexpr int64_t WORK = 1 << 16;  // elements per thread worth a thread
 
-struct Bank {
-  std::vector<at::Tensor> kept;
+// What a slot holds: its ops, and of op j the directions from j * each * width on.
+struct Slot {
   const Meta* meta;
   const Param* param;
-  const void* directions;
   const float* bounds;
+  const char* directions;
+};
+
+struct Bank {
+  Slot empty;  // slot 0; the others lie `record` bytes from one another
+  int64_t record, counted;  // counted: counters of a binding
   int32_t* counts;
   const int32_t *binding, *slot_of;
   const float* gain;
   int64_t ops, each, width, keys;
   bool narrow;
   std::optional<at::Tensor> residual, dose;
+  std::vector<at::Tensor> kept;
+
+  Slot slot(int64_t number) const {
+    const auto there = [by = number * record](auto* one) {
+      return reinterpret_cast<decltype(one)>(reinterpret_cast<const char*>(one) + by);
+    };
+    return {there(empty.meta), there(empty.param), there(empty.bounds), there(empty.directions)};
+  }
 };
 
 constexpr int64_t BLOCK = 8;  // most rows that are looked at together: what one waits for, another one does meanwhile
 constexpr int64_t NEAR = 2048;  // elements of such rows, so that they stay in the nearest cache
+constexpr int64_t MOST_FETCHED = 2048;  // bytes of a slot that are asked for before its row's turn
 
 struct Scratch {
   std::vector<float> held;
+  std::array<int64_t, 2> fitted{};
   std::vector<int32_t> rows;
   bool alone;  // no other thread works on this tensor
   float *old, *stream, *state, *seen, *total, *change, *none, *t, *first, *u;
   void fit(int64_t width, int64_t each) {
+    if (fitted == std::array{width, each}) return;
+    fitted = {width, each};
     const int64_t w = (width + 31) / 16 * 16;
     held.resize(w * (10 + 2 * each * BLOCK) + LANES);
     const auto past = reinterpret_cast<uintptr_t>(held.data()) % (LANES * sizeof(float));
@@ -228,11 +245,11 @@ thread_local Scratch scratch;
 
 struct Effect { const float* c = nullptr; float before = 0, adjustment = 0; bool clamped = false; };
 
-// The directions of an op as floats, one after another; `place` is slot * ops + op.
-inline const float* directions(const Bank& b, int64_t place, const Meta& m, float* u) {
-  const int64_t start = place * b.each * b.width, n = m.count * b.width;
-  if (!b.narrow) return static_cast<const float*>(b.directions) + start;
-  const uint16_t* from = static_cast<const uint16_t*>(b.directions) + start;
+// The directions of op j as floats, one after another.
+inline const float* directions(const Bank& b, const Slot& slot, int64_t j, float* u) {
+  const int64_t start = j * b.each * b.width, n = slot.meta[j].count * b.width;
+  if (!b.narrow) return reinterpret_cast<const float*>(slot.directions) + start;
+  const uint16_t* from = reinterpret_cast<const uint16_t*>(slot.directions) + start;
   for (int64_t i = 0; i < n; ++i) u[i] = BF16::load(from[i]);
   return u;
 }
@@ -283,10 +300,10 @@ inline void hildreth(const Meta& m, const float* table, int64_t stride, const fl
 // The correction of one op on one row, in `room` or where it lies already: as its kernel and _chain._shape in
 // trimtab/steering.
 template <class M>
-Effect correct(const Bank& b, int64_t place, const float* u, const float* seen, float gain,
+Effect correct(const Bank& b, const Slot& slot, int64_t j, const float* u, const float* seen, float gain,
                float* __restrict room, float* t) {
-  const Meta& m = b.meta[place];
-  const Param& a = b.param[place];
+  const Meta& m = slot.meta[j];
+  const Param& a = slot.param[j];
   const int64_t w = b.width;
   Effect effect;
   effect.c = room;
@@ -298,7 +315,7 @@ Effect correct(const Bank& b, int64_t place, const float* u, const float* seen, 
   } else {
     float p[MOST], weights[MOST], adjusted[MOST];
     const int64_t stride = b.each + 2;
-    const float* table = b.bounds + place * b.each * stride;
+    const float* table = slot.bounds + j * b.each * stride;
     for (int64_t k = 0; k < m.count; ++k) p[k] = M::round(dot(seen, u + k * w, w, t));
     if (m.kind == LINEAR) {
       for (int64_t k = 0; k < m.count; ++k) {
@@ -341,7 +358,7 @@ inline void put(float* out, float before, float after, float delta, bool clamped
 
 // Elements that the correction took out of the range go back to its edge. Returns whether there was one.
 template <class T>
-bool mend(typename T::type* x, const typename T::type* r, const typename T::type* old, const float* total, int64_t w) {
+[[gnu::noinline]] bool mend(typename T::type* x, const typename T::type* r, const typename T::type* old, const float* total, int64_t w) {
   bool made = false;
   for (int64_t i = 0; i < w; ++i) {
     const float was = T::load(old[i]), stream = r ? T::load(r[i]) : 0.0f;
@@ -420,7 +437,7 @@ struct Done { const float* u = nullptr; const Param* param = nullptr; float* dos
 
 // The full doses of a vector that is added to `state`, a function of the element, and of a projection that is moved then.
 template <class State>
-void measure(const State& state, int64_t w, const Done& added, const Done& moved, float weight, bool clamped, float* t) {
+[[gnu::noinline]] void measure(const State& state, int64_t w, const Done& added, const Done& moved, float weight, bool clamped, float* t) {
   const float *v = added.u, *u = moved.u;
   if (v) {
     const auto [before, after, seen, own] =
@@ -456,10 +473,11 @@ enum Form { NOTHING, SIMPLE, OTHER };
 template <class T>
 Form look(const Bank& b, int64_t row, const typename T::type* x, const typename T::type* r, Scratch& s, int64_t at,
           Simple& one) {
-  const int32_t owner = b.binding[row], slot = b.slot_of[owner];
-  const Meta* meta = b.meta + slot * b.ops;
-  const Param* param = b.param + slot * b.ops;
-  if (slot == 0 || meta->kind == NONE) return NOTHING;
+  const int32_t owner = b.binding[row], number = b.slot_of[owner];
+  const Slot slot = b.slot(number);
+  const Meta* meta = slot.meta;
+  const Param* param = slot.param;
+  if (number == 0 || meta->kind == NONE) return NOTHING;
   const float* gain = b.gain + row * b.keys;
   int64_t vector = -1, moved = -1;
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
@@ -472,11 +490,11 @@ Form look(const Bank& b, int64_t row, const typename T::type* x, const typename 
   }
   if (vector < 0 && moved < 0) return NOTHING;
   const int64_t w = b.width;
-  const float* v = vector < 0 ? s.none : directions(b, slot * b.ops + vector, meta[vector], s.first + at * w);
-  const float* u = moved < 0 ? v : directions(b, slot * b.ops + moved, meta[moved], s.u + at * w);
-  one = {v, u, 0, b.counts + owner * b.ops * 3, vector, moved, false};
+  const float* v = vector < 0 ? s.none : directions(b, slot, vector, s.first + at * w);
+  const float* u = moved < 0 ? v : directions(b, slot, moved, s.u + at * w);
+  one = {v, u, 0, b.counts + owner * b.counted, vector, moved, false};
   if (moved < 0) return SIMPLE;
-  const float* bounds = b.bounds + (slot * b.ops + moved) * b.each * (b.each + 2);
+  const float* bounds = slot.bounds + moved * b.each * (b.each + 2);
   const float p = r ? sum(w, s.t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i]) + v[i]) * u[i]; })
                     : sum(w, s.t, [=](int64_t i) { return (T::load(x[i]) + v[i]) * u[i]; });
   one.weight = clamp(p * param[moved].factor, bounds[0], bounds[1]) - p;
@@ -494,7 +512,7 @@ bool act(const Bank& b, int64_t row, const Simple& one, typename T::type* x, typ
   if (one.moved >= 0) count(one.counts + one.moved * 3, s.alone);
   if (one.clamped) count(one.counts + one.moved * 3 + 1, s.alone);
   if (dose) {
-    const Param* param = b.param + b.slot_of[b.binding[row]] * b.ops;
+    const Param* param = b.slot(b.slot_of[b.binding[row]]).param;
     const auto done = [&](int64_t j, const float* of) { return j < 0 ? Done{} : Done{of, param + j, dose + j * 5}; };
     const Done first = done(one.vector, v), second = done(one.moved, u);
     if (r) measure([=](int64_t i) { return T::load(r[i]) + T::load(x[i]); }, w, first, second, weight, one.clamped, s.t);
@@ -511,17 +529,18 @@ bool act(const Bank& b, int64_t row, const Simple& one, typename T::type* x, typ
 template <class T>
 void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T::type* r, float* dose, Scratch& s) {
   const int64_t w = b.width;
-  const int32_t owner = b.binding[row], slot = b.slot_of[owner];
-  const Meta* meta = b.meta + slot * b.ops;
-  const Param* param = b.param + slot * b.ops;
+  const int32_t owner = b.binding[row];
+  const Slot slot = b.slot(b.slot_of[owner]);
+  const Meta* meta = slot.meta;
+  const Param* param = slot.param;
   const float* gain = b.gain + row * b.keys;
-  int32_t* counts = b.counts + owner * b.ops * 3;
+  int32_t* counts = b.counts + owner * b.counted;
   const float *total = nullptr, *last = nullptr;  // float32 corrections: the sum of the last two is made in `finish`
   for (int64_t j = 0; j < b.ops && meta[j].kind != NONE; ++j) {
     const Meta& m = meta[j];
     const float g = gain[m.key];
     if (std::isnan(g)) continue;
-    const float* u = directions(b, slot * b.ops + j, m, total ? s.u : s.first);
+    const float* u = directions(b, slot, j, total ? s.u : s.first);
     const bool more = j + 1 < b.ops && meta[j + 1].kind != NONE;
     if (!total && !dose && added_as_it_is(m, param[j], g)) {
       if (more)
@@ -548,7 +567,7 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
         for (int64_t i = 0; i < w; ++i) s.seen[i] = M::round(s.state[i]);
         seen = s.seen;
       }
-      effect = correct<M>(b, slot * b.ops + j, u, seen, g, total ? s.change : s.total, s.t);
+      effect = correct<M>(b, slot, j, u, seen, g, total ? s.change : s.total, s.t);
     });
     count(counts + j * 3, s.alone);
     if (effect.clamped) count(counts + j * 3 + 1, s.alone);
@@ -576,16 +595,16 @@ void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T
       if (!std::isnan(gain[meta[j].key])) count(counts + j * 3 + 2, s.alone);
 }
 
-// Ask for the program of a row before its turn: between passes it has left the cache.
-inline void fetch(const Bank& b, int64_t row) {
-  const int64_t owner = b.binding[row], place = b.slot_of[owner] * b.ops, size = b.narrow ? 2 : 4;
-  for (int64_t j = 0; j < b.ops; ++j) {
-    __builtin_prefetch(b.meta + place + j);
-    __builtin_prefetch(b.param + place + j);
-    const char* from = static_cast<const char*>(b.directions) + (place + j) * b.each * b.width * size;
-    for (int64_t at = 0; at < std::min<int64_t>(b.width * size, 8192); at += 64) __builtin_prefetch(from + at, 0, 2);
+// Ask for what a row needs before its turn: between passes it has left the cache. Rows of one request have the same.
+inline void fetch(const Bank& b, const int32_t* row, int64_t from, int64_t to) {
+  for (int64_t k = from; k < to; ++k) {
+    const int64_t owner = b.binding[row[k]];
+    if (k > 0 && owner == b.binding[row[k - 1]]) continue;
+    const char* slot = reinterpret_cast<const char*>(b.slot(b.slot_of[owner]).meta);
+    for (int64_t at = 0; at < std::min<int64_t>(b.record, MOST_FETCHED); at += 64) __builtin_prefetch(slot + at, 0, 3);
+    __builtin_prefetch(b.counts + owner * b.counted, 1);
+    asm volatile("");  // without it GCC sees nothing that this function does, and leaves out its calls
   }
-  __builtin_prefetch(b.counts + owner * b.ops * 3, 1);
 }
 
 void check_rows(const at::Tensor& t, int64_t width, const char* what) {
@@ -598,7 +617,7 @@ enum After : int64_t { LEAVE, SET, ADD };  // what becomes of tracked rows of th
 // What is done to the rows of a tensor: a branch that came before is added to the stream, banks act in order, and the
 // stream is brought up to date.
 struct Work {
-  const Bank* const* banks;
+  const Bank* banks;
   size_t count;
   const int32_t *binding, *slot_of;  // slot_of: only rows with a steering; null: all tracked rows
   const at::Tensor *before, *stream;
@@ -630,17 +649,17 @@ void work(const Work& job, const at::Tensor& x, const std::vector<int32_t>& rows
   const auto run = [&](int64_t begin, int64_t end) {
     Scratch& s = scratch;
     s.alone = alone;
-    if (job.count) s.fit(job.banks[0]->width, job.banks[0]->each);
+    if (job.count) s.fit(job.banks->width, job.banks->each);
     const int64_t block = std::clamp<int64_t>(NEAR / w, 1, BLOCK);
     for (int64_t first = begin; first < end; first += block) {
       const int64_t size = std::min(block, end - first);
       const int32_t* row = rows.data() + first;
-      for (int64_t k = block; k < std::min(2 * block, end - first) && job.count; ++k) fetch(*job.banks[0], row[k]);
+      if (job.count) fetch(*job.banks, row, 2 * block, std::min(3 * block, end - first));
       if (job.before)
         for (int64_t k = 0; k < size; ++k) add<T>(rs[row[k]], before[row[k]], w);
       std::array<bool, BLOCK> followed{};
       for (size_t n = 0; n < job.count; ++n) {
-        const Bank& b = *job.banks[n];
+        const Bank& b = job.banks[n];
         const View<V> stream(b.residual ? &*b.residual : nullptr);
         const bool follow = job.after == ADD && n + 1 == job.count && b.residual;
         std::array<Simple, BLOCK> simple;
@@ -675,9 +694,10 @@ void work(const Work& job, const at::Tensor& x, int64_t n) {
     if (const int32_t owner = job.binding[i]; owner != 0 && (!job.slot_of || job.slot_of[owner] != 0)) *last++ = i;
   rows.resize(last - rows.data());
   if (rows.empty()) return;
+  if (job.count) fetch(*job.banks, rows.data(), 0, std::min<int64_t>(2 * BLOCK, rows.size()));
   check_rows(x, x.size(1), "x");
   for (size_t k = 0; k < job.count; ++k) {
-    const Bank& b = *job.banks[k];
+    const Bank& b = job.banks[k];
     TORCH_CHECK((job.to < 0 ? x.size(1) : job.to - job.from) == b.width && job.to <= x.size(1), "x: ", x.size(1),
                 " columns were given; ", b.width, " were expected");
     for (const auto* other : {&b.residual, &b.dose})
@@ -700,7 +720,7 @@ void work(const Work& job, const at::Tensor& x, int64_t n) {
 void apply_(const at::Tensor& x, int64_t handle, int64_t n) {
   const Bank* b = reinterpret_cast<const Bank*>(handle);
   check_rows(x, b->width, "x");
-  work({&b, 1, b->binding, b->slot_of, nullptr, nullptr, LEAVE, 0, -1}, x, n);
+  work({b, 1, b->binding, b->slot_of, nullptr, nullptr, LEAVE, 0, -1}, x, n);
 }
 
 void update_(const at::Tensor& r, const at::Tensor& x, const at::Tensor& binding, int64_t n, bool add) {
@@ -710,8 +730,11 @@ void update_(const at::Tensor& r, const at::Tensor& x, const at::Tensor& binding
 // Buffers: the five tables of a bank, then binding, slot_of and gain.
 int64_t bind(const std::vector<at::Tensor>& given, const std::optional<at::Tensor>& residual,
              const std::optional<at::Tensor>& dose) {
-  for (const auto& one : given) TORCH_CHECK(one.is_contiguous() && one.device().is_cpu(), "bank: contiguous CPU tensors");
   TORCH_CHECK(given.size() == 8 && given[2].size(2) <= MOST, "bank: 8 tensors and at most ", MOST, " directions");
+  const auto apart = [&](int64_t k) { return given[k].stride(0) * given[k].element_size(); };
+  for (int64_t k = 0; k < 8; ++k)
+    TORCH_CHECK(given[k].device().is_cpu() && given[k].select(0, 0).is_contiguous() && (k > 3 || apart(k) == apart(0)),
+                "bank: tensor ", k, " has strides ", given[k].strides());
   TORCH_CHECK(!dose || (dose->is_contiguous() && dose->dim() == 3 && dose->size(1) == given[0].size(1) &&
                         dose->size(2) == 5),
               "dose: [rows, ", given[0].size(1), ", 5] was expected");
@@ -720,10 +743,11 @@ int64_t bind(const std::vector<at::Tensor>& given, const std::optional<at::Tenso
   b->kept = given;
   b->residual = residual;
   b->dose = dose;
-  b->meta = reinterpret_cast<const Meta*>(given[0].const_data_ptr<int32_t>());
-  b->param = reinterpret_cast<const Param*>(given[1].const_data_ptr<float>());
-  b->directions = given[2].data_ptr();
-  b->bounds = given[3].const_data_ptr<float>();
+  b->empty = {reinterpret_cast<const Meta*>(given[0].const_data_ptr<int32_t>()),
+              reinterpret_cast<const Param*>(given[1].const_data_ptr<float>()), given[3].const_data_ptr<float>(),
+              static_cast<const char*>(given[2].const_data_ptr())};
+  b->record = apart(0);
+  b->counted = given[4].stride(0);
   b->counts = given[4].mutable_data_ptr<int32_t>();
   b->binding = given[5].const_data_ptr<int32_t>();
   b->slot_of = given[6].const_data_ptr<int32_t>();
@@ -742,11 +766,11 @@ void release(int64_t handle) { delete reinterpret_cast<Bank*>(handle); }
 struct Tap {
   int64_t* step;  // see Step.control in step.py
   int64_t* own;  // calls; whether this pass needs Python: rows to record, ops outside the banks
-  std::vector<const Bank*> banks, dosed;  // the same banks, without and with buffers for full doses
-  std::optional<at::Tensor> stream;
   const int32_t* binding;
   int64_t number, from, to;
   After after;
+  std::optional<at::Tensor> stream;
+  std::vector<Bank> banks, dosed;  // the same banks, without and with buffers for full doses
   std::vector<at::Tensor> kept;
 };
 std::unordered_map<std::string, std::shared_ptr<const Tap>> taps;
@@ -761,7 +785,7 @@ void enroll(std::string name, const std::vector<int64_t>& banks, const std::vect
   tap->own = tables[1].mutable_data_ptr<int64_t>();
   tap->binding = tables[2].const_data_ptr<int32_t>();
   for (size_t i = 0; i < banks.size(); ++i)
-    (i % 2 ? tap->dosed : tap->banks).push_back(reinterpret_cast<const Bank*>(banks[i]));
+    (i % 2 ? tap->dosed : tap->banks).push_back(*reinterpret_cast<const Bank*>(banks[i]));
   tap->stream = stream;
   tap->number = place[0], tap->from = place[1], tap->to = place[2];
   tap->after = static_cast<After>(place[3]);
