@@ -821,8 +821,9 @@ void embed(const at::Tensor& r, const Lookup& given, int64_t n) {
       std::memcpy(to + i * stride, from + id[i] * size, size);
     }
   };
-  if (given.ids.scalar_type() == at::kInt) run(given.ids.const_data_ptr<int32_t>());
-  else run(given.ids.const_data_ptr<int64_t>());
+  const void* ids = given.ids.const_data_ptr();
+  if (given.ids.scalar_type() == at::kInt) run(static_cast<const int32_t*>(ids));
+  else run(static_cast<const int64_t*>(ids));
 }
 
 std::shared_ptr<const Tap> find(const std::string& name) {
