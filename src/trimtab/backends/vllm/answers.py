@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -122,10 +123,9 @@ def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
     lefts = [left for several in worker.state.collect(wire.from_bytes(payload)["labels"]).values() for left in several]
     parcel = _Parcel()
     results = [_result(left, parcel, worker.state.tap_of, worker.tp_rank == 0) for left in lefts]
-    counts = np.concatenate([NOTHING.values, *(left.doses.values for left in lefts)])
     document = {
         "results": results,
-        "counts": wire.counts_text(counts),
+        "counts": wire.counts_text(_counts(lefts)),
         "ops": list(parcel.ops),
         "pairs": list(parcel.pairs),
         "positions": [runs for _, runs in parcel.positions.values()],
@@ -136,6 +136,17 @@ def _collect(worker: SteeredWorker, payload: bytes) -> bytes:
     }
     del lefts  # rows can be many: the parcel copies them
     return wire.to_parcel(document, parcel.tensors())
+
+
+def _counts(lefts: Sequence[Left]) -> Ints:
+    """Return what the ops of some requests did, int64 [ops of all, 4]; neighbours with equal ops are read together."""
+    parts = [NOTHING.values]
+    for counted, group in groupby(lefts, key=lambda left: left.counted):
+        if counted is not None:
+            several = list(group)
+            values = counted.values([one.counts for one in several], [one.selected for one in several])
+            parts.append(values.reshape(-1, 4))
+    return np.concatenate(parts)
 
 
 def _result(left: Left, parcel: _Parcel, taps: Mapping[Site, Tap], replicated: bool) -> Result:
@@ -169,7 +180,7 @@ def _result(left: Left, parcel: _Parcel, taps: Mapping[Site, Tap], replicated: b
         left.problems,
         left.nonfinite_logits,
         left.reduce,
-        parcel.ops.setdefault(left.doses.names, len(parcel.ops)),
+        parcel.ops.setdefault(() if left.counted is None else left.counted.names, len(parcel.ops)),
         captured,
         full,
     )

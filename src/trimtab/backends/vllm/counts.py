@@ -74,30 +74,35 @@ class Counted:
     """
 
     def __init__(self, sites: Iterable[tuple[int, Site, Sequence[tuple[str, int, bool]]]]) -> None:
-        listed = [
+        self.listed = tuple(
             (str(site), name, bank, op, key, clamps)
             for bank, site, ops in sites
             for op, (name, key, clamps) in enumerate(ops)
-        ]
-        self.names: Names = tuple((site, name) for site, name, *_ in listed)
-        places = np.array([one[2:5] for one in listed], dtype=np.int64).reshape(-1, 3)
+        )
+        """All that there is to it: of those that list the same, one is enough."""
+        self.names: Names = tuple((site, name) for site, name, *_ in self.listed)
+        places = np.array([one[2:5] for one in self.listed], dtype=np.int64).reshape(-1, 3)
         self._banks, self._ops, self._keys = places.T
-        self._unclamped = np.array([not one[5] for one in listed], dtype=bool)
+        self._unclamped = np.array([not one[5] for one in self.listed], dtype=bool)
         self._some_unclamped = bool(self._unclamped.any())
 
-    def report(self, counts: Ints, selected: Ints | None) -> OpReports:
-        """Return what the ops did.
+    def values(self, counts: Sequence[Ints], selected: Sequence[Ints | None]) -> Ints:
+        """Return what the ops did in some requests, int64 [requests, ops, 4] as in `OpReports`.
 
         Args:
-            counts: int64 [banks, J, 3] of one request: rows, clamped rows, rows that would not have been finite.
-            selected: int64 [keys], rows that each key selects; None where tokens decide.
+            counts: of each, [banks, J, 3]: rows, clamped rows, rows that would not have been finite.
+            selected: of each, int64 [keys], rows that each key selects; None where tokens decide.
         """
-        values = np.empty((len(self.names), 4), dtype=np.int64)
-        values[:, :3] = counts[self._banks, self._ops]
-        values[:, 3] = -1 if selected is None else selected[self._keys]
+        values = np.empty((len(counts), len(self.names), 4), dtype=np.int64)
+        values[:, :, :3] = np.array(counts)[:, self._banks, self._ops]
+        if any(one is None for one in selected):
+            for own, one in zip(values, selected, strict=True):
+                own[:, 3] = -1 if one is None else one[self._keys]
+        else:
+            values[:, :, 3] = np.array(selected)[:, self._keys]
         if self._some_unclamped:
-            values[self._unclamped, 1] = -1
-        return OpReports(self.names, values)
+            values[:, self._unclamped, 1] = -1
+        return values
 
 
 NOTHING = OpReports((), np.empty((0, 4), dtype=np.int64))

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from trimtab.backends.vllm.bank import SiteBank
 from trimtab.backends.vllm.bound import Bound, GainTable, Key
 from trimtab.backends.vllm.captured import Recorder
 from trimtab.backends.vllm.config import PluginConfig
-from trimtab.backends.vllm.counts import NOTHING, Counted, OpReports
+from trimtab.backends.vllm.counts import Counted, Ints
 from trimtab.backends.vllm.doses import DoseRecorder, Doses
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind, Reduction
 from trimtab.backends.vllm.slots import Slots
@@ -52,7 +53,11 @@ class Left:
     """Why ops did not act where they should have."""
     reduce: Kind = ""
     """What `captured` holds; "": rows."""
-    doses: OpReports = NOTHING
+    counted: Counted | None = None
+    """Its ops that are counted in this worker."""
+    counts: Any = None
+    """What they did, and how many rows each key selects: what `Counted.values` takes of one request."""
+    selected: Ints | None = None
     captured: dict[tuple[Site, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
     full: list[Doses] = field(default_factory=list)
     nonfinite_logits: bool = False
@@ -111,7 +116,7 @@ class WorkerState:
             here.add(Site.parse("logits"))
         self._numbers = list(range(2 * max_requests, 0, -1))
         steered = [site for site in self.steered if site in here]
-        places = (len(steered), 4 * max_requests + 1, config.ops_per_site, 3)
+        places = (4 * max_requests + 1, len(steered), config.ops_per_site, 3)
         counts = torch.zeros(places, dtype=torch.int32, device=device)
         self.banks = {
             site: SiteBank(
@@ -126,10 +131,11 @@ class WorkerState:
                 storage=getattr(torch, config.storage),
                 counts=own,
             )
-            for site, own in zip(steered, counts, strict=True)
+            for site, own in zip(steered, counts.unbind(1), strict=True)
         }
         self._counts: Any = counts.numpy() if device.type == "cpu" else counts
-        """[sites, bindings, J, 3]: what the banks count, in their order."""
+        """[bindings, sites, J, 3]: what the banks count, in their order."""
+        self._counted: WeakValueDictionary[Any, Counted] = WeakValueDictionary()
         self.nonfinite_logits = torch.zeros(4 * max_requests + 1, dtype=torch.bool, device=device)
         """Of every binding, whether the logits of a token were not finite, where that is looked for."""
         self._bank_of = {site: index for index, site in enumerate(self.banks)}
@@ -241,6 +247,7 @@ class WorkerState:
             for site, steps in program.items()
             if site in self.banks  # another pipeline stage holds the other layers
         )
+        counted = self._counted.setdefault(counted.listed, counted)
         columns = tuple(pairs[key] for key in keys)
         return _Known(steering, program, keys, columns, tuple(special), counted, self.step.reach(program))
 
@@ -329,7 +336,7 @@ class WorkerState:
         one.number = self._numbers.pop()  # now that nothing can fail
         self.step.slot_of(one.number, one.slot)
         if one.counted_ops is not None:
-            self._counts[:, one.number] = 0
+            self._counts[one.number] = 0
         if data.check_logits:
             self.nonfinite_logits[one.number] = False
         self.bound[req_id] = one
@@ -384,11 +391,10 @@ class WorkerState:
         left = Left(one.data.label, one.req_id, digest, one.prompt_length, one.done, one.cached, tuple(one.problems))
         left.reduce = "" if one.data.capture is None else one.data.capture.reduce
         if one.counted_ops is not None:
-            counts = self._counts[:, one.number]
-            if isinstance(counts, Tensor):
-                counts = counts.cpu().numpy()
-            selected = None if one.table is None else one.table.selected(one.cached, one.done)
-            left.doses = one.counted_ops.report(counts, selected)
+            counts = self._counts[one.number]
+            left.counted = one.counted_ops
+            left.counts = counts.cpu().numpy() if isinstance(counts, Tensor) else counts.copy()
+            left.selected = None if one.table is None else one.table.selected(one.cached, one.done)
         if one.data.capture is not None:
             # where a neighbour in the batch wants both states of a site, both are taken
             held = self.recorder.collect(one.req_id)

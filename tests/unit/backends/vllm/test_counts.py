@@ -13,7 +13,8 @@ A, B = Site.parse("layers.0.resid_post"), Site.parse("layers.3.resid_post")
 def test_reports_are_those_of_a_plain_loop_over_banks_and_ops() -> None:
     counts = np.arange(4 * 3 * 3, dtype=np.int64).reshape(4, 3, 3)
     counted = Counted([(2, A, [("0:Add", 1, True), ("1:Patch", 0, False)]), (0, B, [("0:Cap", 0, True)])])
-    found = counted.report(counts, np.array([70, 80]))
+    values = counted.values([counts, counts + 100], [np.array([70, 80]), np.array([7, 8])])
+    found = OpReports(counted.names, values[0])
     assert list(found) == [
         OpReport(str(A), "0:Add", 18, 19, 20, 80),
         OpReport(str(A), "1:Patch", 21, None, 23, 70),
@@ -21,9 +22,9 @@ def test_reports_are_those_of_a_plain_loop_over_banks_and_ops() -> None:
     ]
     assert found[-1] == found[2]
     assert found[1:] == tuple(found)[1:]
-    assert [one.selected for one in counted.report(counts, None)] == [None, None, None]
-    counts[:] = 0
-    assert found[0].rows == 18  # what a request left does not change when its places are used again
+    assert [tuple(one) for one in values[1].tolist()] == [(118, 119, 120, 8), (121, -1, 123, 7), (100, 101, 102, 7)]
+    some = counted.values([counts, counts], [None, np.array([7, 8])])
+    assert some[:, :, 3].tolist() == [[-1, -1, -1], [8, 7, 7]]
 
 
 def test_reports_are_equal_by_what_they_say() -> None:
@@ -35,4 +36,5 @@ def test_reports_are_equal_by_what_they_say() -> None:
     assert one != other
     assert repr(one) == repr(tuple(same))
     assert not NOTHING
-    assert not Counted([]).report(np.zeros((0, 2, 3), dtype=np.int64), np.empty(0, np.int64))
+    nothing = Counted([]).values([np.zeros((0, 2, 3), dtype=np.int64)], [np.empty(0, np.int64)])
+    assert nothing.shape == (1, 0, 4)

@@ -245,7 +245,9 @@ def test_every_row_of_a_random_schedule_is_that_of_its_request(second: Any, seed
             assert measured.get(str(POST), []) == chosen
             assert measured.get(str(LOGITS), []) == [place for place in chosen if place >= len(one.prompt) - 1]
         rows_steered = {"layers.0.resid_post": one.chosen(count), "logits": one.chosen(count)[len(one.prompt) - 1 :]}
-        assert [dose.rows for dose in left.doses] == [int(rows_steered[dose.site].sum()) for dose in left.doses]
+        if left.counted is not None:
+            acted = left.counted.values([left.counts], [left.selected])[0, :, 0]
+            assert acted.tolist() == [int(rows_steered[site].sum()) for site, _ in left.counted.names]
 
 
 def test_passes_that_are_not_of_requests_leave_the_tables_blank(second: Any) -> None:

@@ -15,7 +15,8 @@ from trimtab.backends.vllm import state as module
 from trimtab.backends.vllm.answers import answer
 from trimtab.backends.vllm.client import Client
 from trimtab.backends.vllm.config import PluginConfig
-from trimtab.backends.vllm.state import WorkerState
+from trimtab.backends.vllm.counts import OpReports
+from trimtab.backends.vllm.state import Left, WorkerState
 from trimtab.backends.vllm.taps import Stage, Tap, VllmMap
 from trimtab.backends.vllm.wire import CaptureSpec, RequestData, to_bytes
 from trimtab.backends.vllm.worker import install
@@ -74,6 +75,11 @@ def vector(seed: int) -> torch.Tensor:
 
 def add(seed: int, layer: int = 0, **more: Any) -> Steering:
     return Steering({f"layers.{layer}.resid_post": [Add(vector(seed))]}, **more)
+
+
+def doses(left: Left) -> OpReports:
+    assert left.counted is not None
+    return OpReports(left.counted.names, left.counted.values([left.counts], [left.selected])[0])
 
 
 def bind(state: WorkerState, name: str, steering: Steering | None = None, **more: Any) -> None:
@@ -179,7 +185,7 @@ def test_places_and_slots_come_back_and_equal_steerings_share_one() -> None:
     assert (stats["registered"], stats["resident"], stats["active"], stats["tracked"]) == (2, 2, 0, 0)
     assert stats["left"] == 60
     found = state.collect([f"a{number}" for number in range(30)])
-    assert [one[0].doses[0].rows for one in found.values()] == [2] * 30
+    assert [doses(one[0])[0].rows for one in found.values()] == [2] * 30
     assert [found[f"a{number}"][0].digest for number in range(30)] == [add(number % 2).digest for number in range(30)]
 
 
@@ -246,7 +252,7 @@ def test_children_of_one_request_are_kept_apart() -> None:
         run(state, model, [f"{number}_r"], [count], [0])
         state.release(f"{number}_r")
     (lefts,) = state.collect(["parent"]).values()
-    assert [(one.req_id, one.rows, one.doses[0].rows) for one in lefts] == [("0_r", 2, 2), ("1_r", 3, 3)]
+    assert [(one.req_id, one.rows, doses(one)[0].rows) for one in lefts] == [("0_r", 2, 2), ("1_r", 3, 3)]
 
 
 def test_a_request_gets_the_states_it_asked_for_whatever_its_neighbour_records() -> None:
@@ -281,8 +287,8 @@ def test_ops_outside_the_banks_act_count_and_measure_like_the_others() -> None:
     out = run(state, model, ["special", "other"], [4, 1], [0, 2])  # computed again after a preemption, and one more
     state.release("special")
     (one,) = state.collect(["special"])["special"]
-    assert [dose.rows for dose in one.doses] == [3, 3]
-    assert [dose.selected for dose in one.doses] == [3, 3]
+    assert [dose.rows for dose in doses(one)] == [3, 3]
+    assert [dose.selected for dose in doses(one)] == [3, 3]
     ((ops, positions, values),) = [(found.ops, found.positions, found.values) for found in one.full]
     assert [number for _, number in ops] == [0, 1]
     assert positions.tolist() == [1, 2, 3]

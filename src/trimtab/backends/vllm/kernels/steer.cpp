@@ -900,15 +900,24 @@ std::string text_of(PyObject* name) {
 // this is one line of it where a search by text needs eight.
 struct Known { PyObject* name; std::weak_ptr<const Tap> tap; };
 std::array<Known, 256> known;  // guarded by Python's lock
+constexpr size_t TRIED = 4;
 
 std::shared_ptr<const Tap> find(PyObject* name) {
-  Known& entry = known[(reinterpret_cast<uintptr_t>(name) >> 4) % known.size()];
-  if (entry.name == name)
-    if (auto tap = entry.tap.lock()) return tap;
+  const size_t first = (reinterpret_cast<uintptr_t>(name) >> 4) % known.size();
+  Known* entry = &known[first];
+  for (size_t k = 0; k < TRIED; ++k) {  // its own place, or one behind it: names that share one shall not take turns
+    Known& one = known[(first + k) % known.size()];
+    if (one.name == name)
+      if (auto tap = one.tap.lock()) return tap;
+    if (one.name == name || !one.name) {
+      entry = &one;
+      break;
+    }
+  }
   auto tap = find(text_of(name));
   Py_INCREF(name);
-  Py_XDECREF(std::exchange(entry.name, name));
-  entry.tap = tap;
+  Py_XDECREF(std::exchange(entry->name, name));
+  entry->tap = tap;
   return tap;
 }
 
