@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import re
 import shutil
 import stat
 import subprocess
@@ -396,6 +397,16 @@ def test_a_library_is_built_once_and_whole(toolchain, tmp_path):
         one.join()
     assert found == [first] * 4
     assert [one.name for one in first.parent.iterdir()] == [first.name]
+
+
+def test_the_library_asks_for_slots_before_their_turn():
+    """GCC leaves out calls of functions that it takes for functions without effects: it did so here."""
+    disassembler = shutil.which("objdump")
+    library = _build.cache_folder() / f"steer-{_build.digest()}.so"
+    if disassembler is None or native() is None or not library.is_file():
+        pytest.skip("needs a compiler, its objdump and a cache that can be written")
+    read = subprocess.run([disassembler, "-d", str(library)], capture_output=True, text=True, check=True, timeout=60)
+    assert re.search(r"\s(prefetch|prfm)", read.stdout)
 
 
 def test_headers_that_cannot_be_compiled_are_done_without(toolchain, tmp_path):

@@ -332,6 +332,26 @@ def test_a_name_that_was_called_before_finds_the_tap_that_has_it_now(step: Step)
 
 
 @pytest.mark.skipif(native() is None or native().site is None, reason="needs the kernel and Python's headers")
+def test_more_names_than_are_remembered_find_their_own_taps(step: Step) -> None:
+    kernel = native()
+    assert kernel is not None
+    step.rows.binding[:4] = 1
+    step.control[1:4] = torch.tensor([4, 9, 0])
+    step.active = True
+    taps = {f"tests.many.{number}": torch.zeros(2, dtype=torch.int64) for number in range(400)}
+    streams = {name: torch.zeros(16, WIDTH) for name in taps}
+    for name, own in taps.items():
+        kernel.enroll(name, [], [step.control, own, step.rows.binding], streams[name], [0, 0, -1, 2])
+    for calls in (1, 2):
+        for number, (name, own) in enumerate(taps.items()):
+            op.call(torch.full((4, WIDTH), float(number)), name)
+            assert int(own[0]) == calls
+    for number, (name, stream) in enumerate(streams.items()):
+        assert torch.equal(stream[:4], torch.full((4, WIDTH), 2.0 * number))
+        kernel.leave(name)
+
+
+@pytest.mark.skipif(native() is None or native().site is None, reason="needs the kernel and Python's headers")
 @pytest.mark.parametrize(
     "given",
     [(), (1, "tap"), (torch.zeros(1, WIDTH), 3), (torch.zeros(1, WIDTH), "tap", 1), (*[torch.zeros(1, WIDTH)] * 3, 1)],
