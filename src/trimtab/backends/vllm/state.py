@@ -136,6 +136,7 @@ class WorkerState:
         self._counts: Any = counts.numpy() if device.type == "cpu" else counts
         """[bindings, sites, J, 3]: what the banks count, in their order."""
         self._counted: WeakValueDictionary[Any, Counted] = WeakValueDictionary()
+        """One for all steerings whose ops are at the same places, by what it lists."""
         self.nonfinite_logits = torch.zeros(4 * max_requests + 1, dtype=torch.bool, device=device)
         """Of every binding, whether the logits of a token were not finite, where that is looked for."""
         self._bank_of = {site: index for index, site in enumerate(self.banks)}

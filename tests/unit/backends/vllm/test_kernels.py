@@ -399,6 +399,17 @@ def test_a_library_is_built_once_and_whole(toolchain, tmp_path):
     assert [one.name for one in first.parent.iterdir()] == [first.name]
 
 
+@pytest.mark.skipif(native() is None, reason="needs the kernel")
+@pytest.mark.parametrize("strided", ["binding", "slot_of", "gain"])
+def test_tables_with_gaps_are_refused(strided):
+    made = bank("auto", 64, torch.float32, [])
+    rows = {"binding": torch.zeros(8, dtype=torch.int32), "slot_of": torch.zeros(5, dtype=torch.int32),
+            "gain": torch.ones(8, 2)}  # fmt: skip
+    rows[strided] = torch.stack([rows[strided]] * 2, -1)[..., 0]
+    with pytest.raises(RuntimeError, match="has strides"):
+        made.handles(StepRows(8, *rows.values(), torch.arange(8)), None, torch.zeros(8, 2, 5))
+
+
 def test_the_library_asks_for_slots_before_their_turn():
     """GCC leaves out calls of functions that it takes for functions without effects: it did so here."""
     disassembler = shutil.which("objdump")

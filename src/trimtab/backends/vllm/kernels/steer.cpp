@@ -220,6 +220,7 @@ struct Bank {
 
 constexpr int64_t BLOCK = 8;  // most rows that are looked at together: what one waits for, another one does meanwhile
 constexpr int64_t NEAR = 2048;  // elements of such rows, so that they stay in the nearest cache
+inline int64_t together(int64_t width) { return std::clamp<int64_t>(NEAR / width, 1, BLOCK); }
 constexpr int64_t MOST_FETCHED = 2048;  // bytes of a slot that are asked for before its row's turn
 
 struct Scratch {
@@ -358,7 +359,8 @@ inline void put(float* out, float before, float after, float delta, bool clamped
 
 // Elements that the correction took out of the range go back to its edge. Returns whether there was one.
 template <class T>
-[[gnu::noinline]] bool mend(typename T::type* x, const typename T::type* r, const typename T::type* old, const float* total, int64_t w) {
+[[gnu::noinline]] bool mend(typename T::type* x, const typename T::type* r, const typename T::type* old,
+                            const float* total, int64_t w) {
   bool made = false;
   for (int64_t i = 0; i < w; ++i) {
     const float was = T::load(old[i]), stream = r ? T::load(r[i]) : 0.0f;
@@ -437,7 +439,8 @@ struct Done { const float* u = nullptr; const Param* param = nullptr; float* dos
 
 // The full doses of a vector that is added to `state`, a function of the element, and of a projection that is moved then.
 template <class State>
-[[gnu::noinline]] void measure(const State& state, int64_t w, const Done& added, const Done& moved, float weight, bool clamped, float* t) {
+[[gnu::noinline]] void measure(const State& state, int64_t w, const Done& added, const Done& moved, float weight,
+                               bool clamped, float* t) {
   const float *v = added.u, *u = moved.u;
   if (v) {
     const auto [before, after, seen, own] =
@@ -650,7 +653,7 @@ void work(const Work& job, const at::Tensor& x, const std::vector<int32_t>& rows
     Scratch& s = scratch;
     s.alone = alone;
     if (job.count) s.fit(job.banks->width, job.banks->each);
-    const int64_t block = std::clamp<int64_t>(NEAR / w, 1, BLOCK);
+    const int64_t block = together(w);
     for (int64_t first = begin; first < end; first += block) {
       const int64_t size = std::min(block, end - first);
       const int32_t* row = rows.data() + first;
@@ -694,7 +697,7 @@ void work(const Work& job, const at::Tensor& x, int64_t n) {
     if (const int32_t owner = job.binding[i]; owner != 0 && (!job.slot_of || job.slot_of[owner] != 0)) *last++ = i;
   rows.resize(last - rows.data());
   if (rows.empty()) return;
-  if (job.count) fetch(*job.banks, rows.data(), 0, std::min<int64_t>(2 * BLOCK, rows.size()));
+  if (job.count) fetch(*job.banks, rows.data(), 0, std::min<int64_t>(2 * together(x.size(1)), rows.size()));
   check_rows(x, x.size(1), "x");
   for (size_t k = 0; k < job.count; ++k) {
     const Bank& b = job.banks[k];
@@ -732,9 +735,11 @@ int64_t bind(const std::vector<at::Tensor>& given, const std::optional<at::Tenso
              const std::optional<at::Tensor>& dose) {
   TORCH_CHECK(given.size() == 8 && given[2].size(2) <= MOST, "bank: 8 tensors and at most ", MOST, " directions");
   const auto apart = [&](int64_t k) { return given[k].stride(0) * given[k].element_size(); };
-  for (int64_t k = 0; k < 8; ++k)
-    TORCH_CHECK(given[k].device().is_cpu() && given[k].select(0, 0).is_contiguous() && (k > 3 || apart(k) == apart(0)),
-                "bank: tensor ", k, " has strides ", given[k].strides());
+  for (int64_t k = 0; k < 8; ++k) {
+    const bool whole = k > 4 ? given[k].is_contiguous() : given[k].select(0, 0).is_contiguous();
+    TORCH_CHECK(given[k].device().is_cpu() && whole && (k > 3 || apart(k) == apart(0)), "bank: tensor ", k,
+                " has strides ", given[k].strides());
+  }
   TORCH_CHECK(!dose || (dose->is_contiguous() && dose->dim() == 3 && dose->size(1) == given[0].size(1) &&
                         dose->size(2) == 5),
               "dose: [rows, ", given[0].size(1), ", 5] was expected");
@@ -907,12 +912,10 @@ std::shared_ptr<const Tap> find(PyObject* name) {
   Known* entry = &known[first];
   for (size_t k = 0; k < TRIED; ++k) {  // its own place, or one behind it: names that share one shall not take turns
     Known& one = known[(first + k) % known.size()];
-    if (one.name == name)
-      if (auto tap = one.tap.lock()) return tap;
-    if (one.name == name || !one.name) {
-      entry = &one;
-      break;
-    }
+    if (one.name && one.name != name) continue;
+    if (auto tap = one.tap.lock()) return tap;
+    entry = &one;
+    break;
   }
   auto tap = find(text_of(name));
   Py_INCREF(name);
