@@ -35,7 +35,7 @@ class GainTable:
 
     rows: Floats
     tail: Floats | None
-    wide: Floats
+    wide: memoryview[Any]
     keys: tuple[Key, ...]
     prompt_length: int
     _selected: dict[tuple[int, int], Ints | None] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -64,7 +64,7 @@ class GainTable:
         values = _values(keys, where, prompt, ids)
         wide = np.full(max(width, len(keys)), np.nan, np.float32)
         wide[: len(keys)] = values[size]
-        return cls(values[:size], None if by_token else values[size], wide, keys, prompt)
+        return cls(values[:size], None if by_token else values[size], wide.data, keys, prompt)
 
     def at(self, start: int, stop: int, token_ids: torch.Tensor | None = None) -> Floats:
         """Return the gains of rows [start, stop), float32 [n, K]."""

@@ -9,6 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
+from operator import attrgetter
 from typing import Any, Literal
 
 import safetensors.torch
@@ -20,7 +21,7 @@ from trimtab.backends.vllm.config import KEY, REMEDY, asked
 from trimtab.backends.vllm.liveness import dead, end_waits_when_dead, has_died, unanswered
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind
-from trimtab.backends.vllm.reports import Merge, Report
+from trimtab.backends.vllm.reports import Part, Report, merged
 from trimtab.backends.vllm.wire import CaptureSpec, Dose, RequestData, Result
 from trimtab.errors import BackendError, InputError, SteeringError
 from trimtab.sites import Site
@@ -324,28 +325,25 @@ class Client:
             found = {label: self._home.pop(label) for label in dict.fromkeys(labels)}
             for label in labels:
                 self._let_go(label)
-        return [found[label] for label in labels]
+        return [sorted(found[label], key=_by_request) for label in labels]
 
     def _bring_home(self, labels: Sequence[str]) -> None:
         """Have the reports of some requests in `_home`; raises as `collect`."""
         answers, refused, problems = self._parcels([one for one in labels if one not in self._home])
         ranks = Counter(document["engine"] for document, _ in answers)
-        merged: dict[tuple[str, str], Merge] = {}
+        found: dict[tuple[str, str], list[Part]] = {}
         for document, tensors in answers:
             counts, row = wire.counts_of(document["counts"]), 0
             for given in document["results"]:
                 result = Result(*given)
                 names = document["ops"][result.ops]
-                merge = merged.get((result.label, result.req_id))
-                if merge is None:
-                    merge = merged[result.label, result.req_id] = Merge(result)
-                merge.add(result, document, tensors, self.info.widths)
-                merge.count(names, counts[row : row + len(names)])
+                part = Part(result, document, tensors, names, counts[row : row + len(names)])
+                found.setdefault((result.label, result.req_id), []).append(part)
                 row += len(names)
-        partial = {label for (label, _), merge in merged.items() if merge.lacks(ranks)}
-        for (label, _), merge in sorted(merged.items()):
+        partial = {label for (label, _), parts in found.items() if _lacks(parts, ranks)}
+        for (label, _), parts in found.items():
             if label not in partial:
-                self._home.setdefault(label, []).append(merge.report())
+                self._home.setdefault(label, []).append(merged(parts, self.info.widths))
         missing = [label for label in labels if label not in self._home]
         for label in refused:
             self._let_go(label)
@@ -382,8 +380,7 @@ class Client:
         Raises:
             InputError: it was not made by this client.
         """
-        extra = params if isinstance(params, Mapping) else (params.extra_args or {})
-        data = RequestData.of(extra)
+        data = RequestData.of(params.extra_args if hasattr(params, "extra_args") else params)
         if data is None:
             raise InputError("the request carries no trimtab entry; make it with params(...) of the attached client")
         return data.label
@@ -459,6 +456,16 @@ def _check_idle(edit: Sequence[str], positions: str | Positions, prompt_logits: 
                 f"{name} was given without sites, and says how these are recorded; give sites too (the positions of an "
                 "op are its steering's)"
             )
+
+
+_by_request = attrgetter("request_id")
+
+
+def _lacks(parts: Sequence[Part], ranks: Counter[int]) -> bool:
+    """Whether some workers of an engine have nothing of a request that others of it have."""
+    if len(parts) == ranks.total():
+        return False
+    return any(ranks[engine] != count for engine, count in Counter(one.document["engine"] for one in parts).items())
 
 
 def _raise(answer: dict[str, Any]) -> None:

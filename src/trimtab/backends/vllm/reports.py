@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -54,91 +54,80 @@ class Report:
     """Whether the logits of some token were not finite; looked for where `check_logits` asked for it."""
 
 
-class Merge:
-    """One request as all workers saw it."""
+class Part(NamedTuple):
+    """What one worker holds of a request."""
 
-    def __init__(self, result: Result) -> None:
-        self._first = result
-        self._ranks: dict[int, int] = {}
-        self._problems: dict[str, None] = {}
-        self._nonfinite = False
-        self._ops: dict[Names, Ints] = {}
-        self._captured: dict[tuple[str, str], CapturedRows] = {}
-        self._full: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
+    result: Result
+    document: dict[str, Any]
+    """What it came with."""
+    tensors: dict[str, Tensor]
+    names: Names
+    """The ops that this worker counts."""
+    counts: Ints
+    """What they did, int64 [ops, 4]; see `OpReports`."""
 
-    def add(
-        self, result: Result, document: dict[str, Any], tensors: dict[str, Tensor], widths: Mapping[Site, int]
-    ) -> None:
-        """Take what one worker holds; replicated ranks agree, and the first one is kept."""
-        self._problems |= dict.fromkeys(result.problems)
-        self._nonfinite |= result.nonfinite_logits
-        self._ranks[document["engine"]] = self._ranks.get(document["engine"], 0) + 1
-        for one in result.full:
-            where = document["positions"][one["positions"]]
-            pairs = document["pairs"][one["pairs"]]
-            parts = _rows(one, tensors).view(len(pairs), len(where), -1).unbind()
-            for (site_text, number), values in zip(pairs, parts, strict=True):
-                self._full.setdefault((site_text, number), (where, values))
+
+def merged(parts: Sequence[Part], widths: Mapping[Site, int]) -> Report:
+    """Return one request as all workers saw it; replicated ranks agree, and the first one is kept."""
+    first = parts[0].result
+    return Report(
+        first.label,
+        first.req_id,
+        first.digest,
+        first.prompt_length,
+        first.rows,
+        first.cached,
+        tuple(dict.fromkeys(chain.from_iterable([part.result.problems for part in parts]))),
+        _counted(parts),
+        _captured(parts, widths),
+        _full(parts),
+        any([part.result.nonfinite_logits for part in parts]),
+    )
+
+
+def _counted(parts: Sequence[Part]) -> OpReports:
+    """Return what the ops did: pipeline stages hold other sites, tensor-parallel ranks count the same."""
+    if len(parts) == 1:
+        return OpReports(parts[0].names, parts[0].counts.copy())  # a view would keep those of all requests
+    stages: dict[Names, Ints] = {}
+    for part in parts:
+        stages.setdefault(part.names, part.counts)
+    return OpReports(tuple(chain.from_iterable(stages)), np.concatenate(list(stages.values())))
+
+
+def _captured(parts: Sequence[Part], widths: Mapping[Site, int]) -> tuple[CapturedRows, ...]:
+    found: dict[tuple[str, str], CapturedRows] = {}
+    for result, document, tensors, *_ in parts:
         for one in result.captured:
-            site, rows = Site.parse(one["site"]), _rows(one, tensors)
+            site, rows, offset = Site.parse(one["site"]), _rows(one, tensors), one["offset"]
             key = (one["site"], one["edit"])
-            if one["offset"] is not None:
+            if offset is None and key in found:
+                continue
+            if offset is not None:
                 added = result.reduce == "projection"  # a projection is the sum of those of the parts
-                rows = self._assemble(
-                    key, rows, 0 if added else one["offset"], rows.shape[1] if added else widths[site]
-                )
-            place = CapturedRows(
-                site,
-                one["edit"],
-                rows,
-                document["positions"][one["positions"]],
-                one["module"],
-                document["pp_rank"],
-                result.reduce,
-            )
-            if one["offset"] is not None or key not in self._captured:
-                self._captured[key] = place
+                width = rows.shape[1] if added else widths[site]
+                rows = _assembled(found.get(key), rows, 0 if added else offset, width)
+            where = document["positions"][one["positions"]]
+            found[key] = CapturedRows(site, one["edit"], rows, where, one["module"], document["pp_rank"], result.reduce)
+    return tuple(found.values())
 
-    def count(self, names: Names, values: Ints) -> None:
-        """Take what the ops of one worker did: other stages hold other sites, other ranks count the same."""
-        if names:
-            self._ops.setdefault(names, values)
 
-    def lacks(self, ranks: Mapping[int, int]) -> bool:
-        """Whether some workers of an engine have nothing of a request that others of it have."""
-        return any(ranks[engine] != count for engine, count in self._ranks.items())
+def _assembled(known: CapturedRows | None, rows: Tensor, offset: int, width: int) -> Tensor:
+    """Put the columns of one tensor-parallel rank into the whole."""
+    whole = rows.new_zeros(rows.shape[0], width) if known is None else known.rows
+    whole[:, offset : offset + rows.shape[1]] += rows
+    return whole
 
-    def _assemble(self, key: tuple[str, str], rows: Tensor, offset: int, width: int) -> Tensor:
-        """Put the columns of one tensor-parallel rank into the whole."""
-        known = self._captured.get(key)
-        whole = rows.new_zeros(rows.shape[0], width) if known is None else known.rows
-        whole[:, offset : offset + rows.shape[1]] += rows
-        return whole
 
-    def _counted(self) -> OpReports:
-        if not self._ops:
-            return NOTHING
-        if len(self._ops) == 1:  # one pipeline stage
-            ((names, values),) = self._ops.items()
-            return OpReports(names, values.copy())
-        return OpReports(tuple(chain.from_iterable(self._ops)), np.concatenate([NOTHING.values, *self._ops.values()]))
-
-    def report(self) -> Report:
-        """Return the request as one."""
-        first = self._first
-        return Report(
-            first.label,
-            first.req_id,
-            first.digest,
-            first.prompt_length,
-            first.rows,
-            first.cached,
-            tuple(self._problems),
-            self._counted(),
-            tuple(self._captured.values()),
-            self._full,
-            self._nonfinite,
-        )
+def _full(parts: Sequence[Part]) -> dict[tuple[str, int], tuple[tuple[int, ...], Tensor]]:
+    found: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
+    for result, document, tensors, *_ in parts:
+        for one in result.full:
+            where, pairs = document["positions"][one["positions"]], document["pairs"][one["pairs"]]
+            values = _rows(one, tensors).view(len(pairs), len(where), -1).unbind()
+            for (site, number), own in zip(pairs, values, strict=True):
+                found.setdefault((site, number), (where, own))
+    return found
 
 
 def _rows(place: dict[str, Any], tensors: dict[str, Tensor]) -> Tensor:

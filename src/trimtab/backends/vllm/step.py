@@ -84,7 +84,14 @@ class Step:
         }
         self._host = {name: tensor.numpy() for name, tensor in host.items()}
         self._tensors = host
+        # the same tables for single places, quicker to write to than arrays
         self._slot_of: memoryview[int] = self._host["slot_of"].data
+        self._binding: memoryview[int] = self._host["binding"].data
+        self._positions: memoryview[int] = self._host["positions"].data
+        self._gain: memoryview[Any] = self._host["gain"].reshape(-1).data
+        self._untracked: memoryview[int] = np.zeros_like(self._host["binding"]).data
+        self._unselected: memoryview[Any] = self._host["gain"].reshape(-1).copy().data
+        self._keys = keys
         on_device = host if device.type == "cpu" else {name: one.to(device) for name, one in host.items()}
         self.rows = StepRows(n=0, **on_device)
         self.control = torch.zeros(8, dtype=torch.int64)
@@ -121,6 +128,7 @@ class Step:
         self._owns = torch.zeros(0, 2, dtype=torch.int64)  # what the newest of them have
         self._tap_of: dict[Site, int] = {}
         self._asked: set[int] = set()
+        self._ids: tuple[Any, ...] | None = None
         self.table: Tensor | None = None
         """Whose rows the kernel begins the stream with; None: it does not begin it."""
         self._id, self._passes = id(self), op.passes
@@ -159,8 +167,11 @@ class Step:
             table: [vocabulary, width] in the model's dtype.
         """
         kernel = native()
+        place = (ids.data_ptr(), ids.dtype, ids.is_contiguous()) if ids is not None else None
+        if self._control[4] and place == self._ids and table is self.table:
+            return  # the kernel has them: how many there are it learns with each pass
         _forget(self._control)
-        self.table = None
+        self.table, self._ids = None, place
         if ids is not None and table is not None and kernel is not None:
             if ids.dtype not in (torch.int32, torch.int64) or not (ids.is_contiguous() and table.is_contiguous()):
                 raise BackendError(f"token ids {ids.dtype}: contiguous integers, and a contiguous table, were expected")
@@ -302,24 +313,21 @@ class Step:
         token_ids: Tensor | None,
         total: int,
     ) -> None:
-        host = self._host
         stop = max(total, self._filled)  # rows beyond the batch are padding, and run through the taps in graphs
-        host["binding"][:stop] = 0
-        host["gain"][:total] = np.nan
+        self._binding[:stop] = self._untracked[:stop]
+        self._gain[: total * self._keys] = self._unselected[: total * self._keys]
         self._clear()
         recorded: dict[frozenset[Site], list[tuple[Span, Tensor]]] = {}
         if token_ids is not None and self.device.type != "cpu":  # waits for the device
             token_ids = token_ids.cpu() if any(one.needs_tokens for one in bound.values()) else None
         self.token_ids = token_ids
-        alike: list[Span] = []
         for req_id, (first, last), start in zip(req_ids, pairwise(starts.tolist()), computed.tolist(), strict=True):
             one = bound.get(req_id) if req_id is not None else None
             if one is None:
                 continue
             span = Span(one, first, last - first, start)
             if last - first == 1 and one.alike_from <= start == one.done:
-                one.counted, one.done = start, start + 1
-                alike.append(span)
+                self._place_alike(one, first, start)
             else:
                 self._place(span, token_ids)
             if one.captured is not None:
@@ -327,8 +335,6 @@ class Step:
             if one.watched:
                 self._watch(one)
             self.spans.append(span)
-        if alike:
-            self._place_alike(alike)
         self._group(recorded)
         self.rows.n = self._filled = total
         if self.device.type != "cpu":
@@ -342,13 +348,13 @@ class Step:
             one.first, one.cached, one.done = False, start, start
             one.foresee()
         one.counted = one.done
-        if span.length == 1:  # gains that change at every row come here each time; numbers are set faster than slices
-            host["binding"][first] = self.shadow(one.number) if one.done > start else one.number
-            host["positions"][first] = start
+        if span.length == 1:  # gains that change at every row come here each time
+            self._binding[first] = self.shadow(one.number) if one.done > start else one.number
+            self._positions[first] = start
         else:
-            again = min(max(one.done - start, 0), span.length)
             host["binding"][first:last] = one.number
-            host["binding"][first : first + again] = self.shadow(one.number)
+            if one.done > start:
+                host["binding"][first : min(first + one.done - start, last)] = self.shadow(one.number)
             host["positions"][first:last] = np.arange(start, stop)
         if one.table is not None:
             ids = None if token_ids is None else token_ids[first:last]
@@ -359,15 +365,12 @@ class Step:
                 self.special.setdefault(site, []).append(span)
         one.done = max(one.done, stop)
 
-    def _place_alike(self, spans: Sequence[Span]) -> None:
-        """Place requests that go on, with one row each: most of a busy engine."""
-        host, rows = self._host, [span.first for span in spans]
-        host["binding"][rows] = [span.bound.number for span in spans]
-        host["positions"][rows] = [span.start for span in spans]
-        steered = [(span.first, span.bound.table.wide) for span in spans if span.bound.table is not None]
-        if steered:
-            first, gains = zip(*steered, strict=True)
-            host["gain"][list(first)] = np.concatenate(gains).reshape(len(first), -1)
+    def _place_alike(self, one: Bound, row: int, position: int) -> None:
+        """Place a request that goes on, with one row: most of a busy engine."""
+        one.counted, one.done = position, position + 1
+        self._binding[row], self._positions[row] = one.number, position
+        if one.table is not None:
+            self._gain[row * self._keys : (row + 1) * self._keys] = one.table.wide
 
     def _watch(self, one: Bound) -> None:
         self.forced |= one.data.forced is not None

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 from typing import Any, Literal, NamedTuple, get_args
 
+import msgspec.json
 import numpy as np
 import safetensors.numpy
 import safetensors.torch
@@ -206,12 +207,12 @@ def ops_text(ops: Iterable[tuple[str, str, str]]) -> str:
 
 def to_bytes(document: Any) -> bytes:
     """Return a JSON document as bytes."""
-    return json.dumps(document, separators=(",", ":")).encode()
+    return msgspec.json.encode(document)
 
 
 def from_bytes(data: bytes) -> Any:
     """Read what `to_bytes` made."""
-    return json.loads(bytes(data))
+    return msgspec.json.decode(data)
 
 
 def to_parcel(document: Any, tensors: dict[str, Tensor]) -> bytes:
