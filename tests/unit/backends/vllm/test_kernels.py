@@ -433,7 +433,7 @@ def test_headers_that_cannot_be_compiled_are_done_without(toolchain, tmp_path):
         _build._compile(tmp_path / "never.so")
 
 
-def test_another_source_or_compiler_is_another_library(toolchain, tmp_path, monkeypatch):
+def test_another_source_header_or_compiler_is_another_library(toolchain, tmp_path, monkeypatch):
     first = _build.digest()
     source = tmp_path / "other.cpp"
     source.write_text(_build.SOURCE.read_text() + "\n")
@@ -442,7 +442,16 @@ def test_another_source_or_compiler_is_another_library(toolchain, tmp_path, monk
     monkeypatch.setattr(_build, "FLAGS", (*_build.FLAGS, "-g"))
     third = _build.digest()
     monkeypatch.setenv("CXX", "another")
-    assert len({first, second, third, _build.digest()}) == 4
+    fourth = _build.digest()
+    header = tmp_path / "other.h"
+    header.write_text(_build.HEADERS[0].read_text() + "\n")
+    monkeypatch.setattr(_build, "HEADERS", (header, *_build.HEADERS[1:]))
+    assert len({first, second, third, fourth, _build.digest()}) == 5
+
+
+def test_every_file_that_the_kernel_includes_names_its_build():
+    included = re.findall(r'#include "(.*)"', "".join(one.read_text() for one in (_build.SOURCE, *_build.HEADERS)))
+    assert set(included) == {one.name for one in _build.HEADERS}
 
 
 def test_without_pythons_headers_the_library_is_another_one_and_has_no_plain_function(monkeypatch):

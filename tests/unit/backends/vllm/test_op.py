@@ -282,6 +282,23 @@ def test_the_first_tap_begins_the_stream_with_the_rows_of_its_tokens(step: Step,
 
 
 @pytest.mark.skipif(native() is None, reason="needs the kernel")
+def test_what_the_stream_begins_with_is_told_again_where_it_is_other(step: Step) -> None:
+    buffer, table = torch.tensor([4, 0, 1, 2]), torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
+    given = [(buffer[:2], table), (buffer, table), (buffer.flip(0), table), (buffer, table + 1), (buffer.int(), table)]
+    stream, handles = torch.zeros(16, WIDTH), []
+    live = first_tap(step, stream)
+    step.rows.binding[:4] = 1
+    for ids, rows in given:
+        step.control[1:4] = torch.tensor([len(ids), 0, 0])
+        step.active = True
+        step.embed(ids, rows)
+        handles.append(step.control[4].item())
+        op.site_(torch.zeros(4, WIDTH), op.name_of(live))
+        assert torch.equal(stream[: len(ids)], rows[ids.long()])
+    assert handles[0] == handles[1]
+
+
+@pytest.mark.skipif(native() is None, reason="needs the kernel")
 def test_a_token_outside_the_table_is_refused(step: Step) -> None:
     live = first_tap(step, torch.zeros(16, WIDTH))
     step.control[1:4] = torch.tensor([2, 0, 0])

@@ -20,6 +20,7 @@ import torch
 from trimtab._base.log import get_logger
 
 SOURCE = Path(__file__).with_name("steer.cpp")
+HEADERS = tuple(SOURCE.with_name(name) for name in ("numbers.h", "wide.h"))
 FLAGS: tuple[str, ...] = (
     *("-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"),
     *("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),  # every product and every sum rounds
@@ -117,8 +118,9 @@ def cache_folder() -> Path:
 
 
 def digest() -> str:
-    """Return what names a build: source, flags, compiler, torch, Python and the processor's instructions."""
-    parts = [SOURCE.read_text(), *FLAGS, compiler(), torch.__version__, torch.backends.cpu.get_cpu_capability()]
+    """Return what names a build: sources, flags, compiler, torch, Python and the processor's instructions."""
+    parts = [one.read_text() for one in (SOURCE, *HEADERS)]
+    parts += [*FLAGS, compiler(), torch.__version__, torch.backends.cpu.get_cpu_capability()]
     parts += [_headers(), sysconfig.get_config_var("SOABI") or ""]
     processor = Path("/proc/cpuinfo")
     if processor.is_file():

@@ -27,162 +27,10 @@
 #include <utility>
 #include <vector>
 
+#include "numbers.h"
+#include "wide.h"
+
 namespace {
-
-inline uint32_t bits(float v) { uint32_t u; std::memcpy(&u, &v, 4); return u; }
-inline float real(uint32_t u) { float v; std::memcpy(&v, &u, 4); return v; }
-constexpr uint32_t SIGN = 0x80000000u, INF = 0x7f800000u, NAN_BITS = 0x7fc00000u;
-
-// A dtype T: load gives the value of stored bits, round the nearest value of T, store the bits of a value of T; summed
-// rounds the sum of two values of T, whose NaN may keep its payload. carries: what quick makes of a number that rounds to
-// infinity, or of a NaN, is seen in its sum with another number.
-struct F32 {
-  using type = float;
-  static constexpr float max = 0x1.fffffep127f, below_max = 0x1.fffffcp127f;
-  static constexpr bool carries = true;
-  static constexpr uint32_t over = INF;  // bits of the smallest number that rounds to infinity
-  static float round(float v) { return v; }
-  static float quick(float v) { return v; }
-  static float summed(float v) { return v; }
-  static float load(float v) { return v; }
-  static float store(float v) { return v; }
-};
-
-struct BF16 {
-  using type = uint16_t;
-  static constexpr float max = 0x1.fep127f, below_max = 0x1.fcp127f;
-  static constexpr bool carries = true;
-  static constexpr uint32_t over = 0x7f7f8000u;
-  static float round(float v) {
-    const uint32_t u = bits(v);
-    return (u & ~SIGN) > INF ? real((u & SIGN) | NAN_BITS) : quick(v);
-  }
-  static float quick(float v) {  // of numbers only
-    const uint32_t u = bits(v);
-    return real((u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u);
-  }
-  static float summed(float v) { return quick(v); }  // infinity stays, and the lower half of such a NaN is zero
-  static float load(uint16_t v) { return real(uint32_t(v) << 16); }
-  static uint16_t store(float v) { return uint16_t(bits(v) >> 16); }
-};
-
-struct F16 {
-  using type = uint16_t;
-  static constexpr float max = 0x1.ffcp15f, below_max = 0x1.ff8p15f;
-  static constexpr bool carries = false;
-  static constexpr uint32_t over = 0x477ff000u;
-  static constexpr uint32_t NORMAL = 0x38800000u;  // 2^-14; below it numbers are multiples of 2^-24, the ulp of [0.5, 1)
-  static float round(float v) {
-    const uint32_t u = bits(v), a = u & ~SIGN;
-    const uint32_t special = a > INF ? NAN_BITS : INF;
-    return a >= over ? real(special | (u & SIGN)) : quick(v);
-  }
-  static float quick(float v) {  // of numbers that do not round to infinity
-    const uint32_t u = bits(v), a = u & ~SIGN;
-    const uint32_t small = bits((real(a) + 0.5f) - 0.5f);
-    return real((a < NORMAL ? small : ((a + 0xfffu + ((a >> 13) & 1u)) & ~0x1fffu)) | (u & SIGN));
-  }
-  static float summed(float v) { return round(v); }
-  static float load(uint16_t v) {
-    const uint32_t a = v & 0x7fffu, e = a >> 10;
-    const uint32_t small = bits(real(0x3f000000u | a) - 0.5f);
-    const uint32_t normal = (a << 13) + (e == 31u ? 0x70000000u : 0x38000000u);
-    return real((e == 0u ? small : normal) | (uint32_t(v & 0x8000u) << 16));
-  }
-  static uint16_t store(float v) {
-    const uint32_t u = bits(v), a = u & ~SIGN;
-    const uint32_t small = bits(real(a) + 0.5f) & 0x7ffu;
-    const uint32_t normal = (a >> 13) - (112u << 10);
-    const uint32_t wide = a > INF ? 0x7e00u : 0x7c00u;
-    return uint16_t((a >= INF ? wide : a < NORMAL ? small : normal) | ((u & SIGN) >> 16));
-  }
-};
-
-template <class Fn>
-inline void with_dtype(int code, const Fn& fn) {
-  if (code == 0) fn(F32{});
-  else if (code == 1) fn(BF16{});
-  else fn(F16{});
-}
-
-inline bool finite(float v) { return (bits(v) & ~SIGN) < INF; }
-
-// t[0..N) += t[N..2N), down to one number; N constant, so that all of it stays in registers.
-template <int64_t N>
-inline float fold(const float* __restrict t) {
-  if constexpr (N == 0) {
-    return t[0];
-  } else {
-    float half[N];
-    for (int64_t i = 0; i < N; ++i) half[i] = t[i] + t[i + N];
-    return fold<N / 2>(half);
-  }
-}
-
-constexpr int64_t LANES = 16;
-
-// Sum of t[0..h-1] by halves; inlined, it leaves too few registers to its callers.
-[[gnu::noinline]] float halved(int64_t h, float* __restrict t) {
-  if (h % LANES == 0) {  // whole vectors
-    while (h > 4 * LANES && h % (2 * LANES) == 0) {
-      h /= 2;
-      const float* __restrict upper = t + h;
-      for (int64_t i = 0; i < h; ++i) t[i] += upper[i];
-    }
-    if (h == 4 * LANES) return fold<2 * LANES>(t);
-    if (h == 2 * LANES) return fold<LANES>(t);
-    if (h == LANES) return fold<LANES / 2>(t);
-  }
-  for (int64_t m = h; m > 1; m = h) {
-    h = (m + 1) / 2;
-    const float* __restrict upper = t + h;
-    for (int64_t i = 0; i < m - h; ++i) t[i] += upper[i];
-  }
-  return t[0];
-}
-
-// Sum of term(0..n-1) by halves; `t` is room for n / 2 + 1 floats.
-template <class Term>
-inline float sum(int64_t n, float* __restrict t, const Term& term) {
-  const int64_t h = (n + 1) / 2;
-  if (n % (2 * LANES) == 0) {
-    for (int64_t i = 0; i < h; ++i) t[i] = term(i) + term(i + h);
-  } else {
-    for (int64_t i = 0; i < n - h; ++i) t[i] = term(i) + term(i + h);
-    if (n - h < h) t[h - 1] = term(h - 1);
-  }
-  return halved(h, t);
-}
-
-// Several such sums in one walk; `t` has room for each of them, one after another.
-template <class... Term>
-inline std::array<float, sizeof...(Term)> sums(int64_t n, float* __restrict t, const Term&... term) {
-  const int64_t h = (n + 1) / 2;
-#pragma GCC ivdep  // the rooms do not overlap: without it such loops are not vectorised
-  for (int64_t i = 0; i < n - h; ++i) {
-    int64_t at = i;
-    ((t[at] = term(i) + term(i + h), at += h), ...);
-  }
-  int64_t at = h - 1;
-  if (n - h < h) ((t[at] = term(h - 1), at += h), ...);
-  std::array<float, sizeof...(Term)> found;
-  for (float& one : found) { one = halved(h, t); t += h; }
-  return found;
-}
-
-inline float dot(const float* __restrict a, const float* __restrict b, int64_t n, float* t) {
-  return sum(n, t, [=](int64_t i) { return a[i] * b[i]; });
-}
-
-inline float norm(const float* a, int64_t n, float* t) { return std::sqrt(dot(a, a, n, t)); }
-
-// One number for several: itself, or the norm.
-inline float size(const float* v, int64_t n) {
-  if (n == 1) return v[0];
-  float total = v[0] * v[0];
-  for (int64_t i = 1; i < n; ++i) total += v[i] * v[i];
-  return std::sqrt(total);
-}
 
 // The layout is described in bank.py.
 enum Kind : int32_t { NONE, STATIC, NORM, LINEAR, BOUNDS };
@@ -359,8 +207,7 @@ inline void put(float* out, float before, float after, float delta, bool clamped
 
 // Elements that the correction took out of the range go back to its edge. Returns whether there was one.
 template <class T>
-[[gnu::noinline]] bool mend(typename T::type* x, const typename T::type* r, const typename T::type* old,
-                            const float* total, int64_t w) {
+bool mend(typename T::type* x, const typename T::type* r, const typename T::type* old, const float* total, int64_t w) {
   bool made = false;
   for (int64_t i = 0; i < w; ++i) {
     const float was = T::load(old[i]), stream = r ? T::load(r[i]) : 0.0f;
@@ -382,12 +229,10 @@ template <class T>
 }
 
 // x := round(x + total) where total is not zero, total(i) the sum of the corrections; and then r := round(r + x) with
-// `follow`. Returns whether an element became non-finite.
+// `follow`; what they were is kept. Returns whether the range was left.
 template <class T, bool follow, class Total, class V = typename T::type>
-bool finish(V* __restrict x, std::conditional_t<follow, V, const V>* __restrict r, int64_t w, Scratch& s,
-            const Total& total) {
-  V* __restrict old = reinterpret_cast<V*>(s.old);
-  V* __restrict before = reinterpret_cast<V*>(s.stream);
+[[gnu::noinline]] bool write(V* __restrict x, std::conditional_t<follow, V, const V>* __restrict r, int64_t w,
+                             V* __restrict old, V* __restrict before, const Total& total) {
   uint32_t largest = 0;  // of what must not round to infinity
   std::memcpy(old, x, w * sizeof(V));
   if constexpr (follow) std::memcpy(before, r, w * sizeof(V));
@@ -406,14 +251,24 @@ bool finish(V* __restrict x, std::conditional_t<follow, V, const V>* __restrict 
     }
   else
     for (int64_t i = 0; i < w; ++i) one(i);
-  if (largest < T::over) return false;
+  return largest >= T::over;
+}
+
+// A row that left the range, from what it was. Returns whether an element became non-finite.
+template <class T, bool follow, class Total, class V = typename T::type>
+[[gnu::noinline]] bool mended(V* x, std::conditional_t<follow, V, const V>* r, int64_t w, Scratch& s, const Total& total) {
+  const V *old = reinterpret_cast<V*>(s.old), *before = follow ? reinterpret_cast<V*>(s.stream) : r;
   for (int64_t i = 0; i < w; ++i) s.seen[i] = total(i);
-  if constexpr (!follow) return mend<T>(x, r, old, s.seen, w);
-  else {
-    const bool made = mend<T>(x, before, old, s.seen, w);
+  const bool made = mend<T>(x, before, old, s.seen, w);
+  if constexpr (follow)
     for (int64_t i = 0; i < w; ++i) r[i] = T::store(T::summed(T::load(before[i]) + T::load(x[i])));
-    return made;
-  }
+  return made;
+}
+
+template <class T, bool follow, class Total, class V = typename T::type>
+inline bool finish(V* x, std::conditional_t<follow, V, const V>* r, int64_t w, Scratch& s, const Total& total) {
+  V *old = reinterpret_cast<V*>(s.old), *before = reinterpret_cast<V*>(s.stream);
+  return write<T, follow>(x, r, w, old, before, total) && mended<T, follow>(x, r, w, s, total);
 }
 
 // Whether an op, or one after it, looks at the state.
@@ -471,6 +326,15 @@ struct Simple {
 
 enum Form { NOTHING, SIMPLE, OTHER };
 
+// The projection of a row, with a vector added, on a direction.
+template <class T>
+float projected(const typename T::type* r, const typename T::type* x, const float* v, const float* u, int64_t w, float* t) {
+  if constexpr (std::is_same_v<T, BF16>)
+    if (wide::takes(w)) return wide::dot(r, x, v, u, w, t);
+  return r ? sum(w, t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i]) + v[i]) * u[i]; })
+           : sum(w, t, [=](int64_t i) { return (T::load(x[i]) + v[i]) * u[i]; });
+}
+
 // Look at the program of a row: `one` is what it does where it is a simple one. `at`: its place among the rows that are
 // looked at together.
 template <class T>
@@ -498,11 +362,22 @@ Form look(const Bank& b, int64_t row, const typename T::type* x, const typename 
   one = {v, u, 0, b.counts + owner * b.counted, vector, moved, false};
   if (moved < 0) return SIMPLE;
   const float* bounds = slot.bounds + moved * b.each * (b.each + 2);
-  const float p = r ? sum(w, s.t, [=](int64_t i) { return (T::load(r[i]) + T::load(x[i]) + v[i]) * u[i]; })
-                    : sum(w, s.t, [=](int64_t i) { return (T::load(x[i]) + v[i]) * u[i]; });
+  const float p = projected<T>(r, x, v, u, w, s.t);
   one.weight = clamp(p * param[moved].factor, bounds[0], bounds[1]) - p;
   one.clamped = meta[moved].clamps && one.weight != 0;
   return SIMPLE;
+}
+
+// Write a row and, with `follow`, the stream. Returns whether an element became non-finite.
+template <class T, bool follow, class V = typename T::type>
+bool move(V* x, V* r, int64_t w, Scratch& s, const Simple& one) {
+  const auto total = [v = one.v, u = one.u, weight = one.weight](int64_t i) { return v[i] + weight * u[i]; };
+  if constexpr (std::is_same_v<T, BF16>)
+    if (wide::takes(w)) {
+      V *old = reinterpret_cast<V*>(s.old), *before = reinterpret_cast<V*>(s.stream);
+      return wide::write<follow>(x, r, one.v, one.u, one.weight, w, old, before) && mended<T, follow>(x, r, w, s, total);
+    }
+  return finish<T, follow>(x, r, w, s, total);
 }
 
 // Do it, and bring r up to date with `follow`; returns whether that was done.
@@ -521,8 +396,7 @@ bool act(const Bank& b, int64_t row, const Simple& one, typename T::type* x, typ
     if (r) measure([=](int64_t i) { return T::load(r[i]) + T::load(x[i]); }, w, first, second, weight, one.clamped, s.t);
     else measure([=](int64_t i) { return T::load(x[i]); }, w, first, second, weight, one.clamped, s.t);
   }
-  const auto total = [=](int64_t i) { return v[i] + weight * u[i]; };
-  const bool made = r && follow ? finish<T, true>(x, r, w, s, total) : finish<T, false>(x, r, w, s, total);
+  const bool made = r && follow ? move<T, true>(x, r, w, s, one) : move<T, false>(x, r, w, s, one);
   if (made)
     for (const int64_t j : {one.vector, one.moved})
       if (j >= 0) count(one.counts + j * 3 + 2, s.alone);
@@ -530,7 +404,8 @@ bool act(const Bank& b, int64_t row, const Simple& one, typename T::type* x, typ
 }
 
 template <class T>
-void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T::type* r, float* dose, Scratch& s) {
+[[gnu::noinline]] void steer_row(const Bank& b, int64_t row, typename T::type* x, const typename T::type* r, float* dose,
+                                 Scratch& s) {
   const int64_t w = b.width;
   const int32_t owner = b.binding[row];
   const Slot slot = b.slot(b.slot_of[owner]);
@@ -640,50 +515,58 @@ struct View {
 
 template <class T>
 inline void add(typename T::type* __restrict r, const typename T::type* __restrict x, int64_t w) {
+  if constexpr (std::is_same_v<T, BF16>)
+    if (wide::takes(w)) return wide::add(r, x, w);
   for (int64_t i = 0; i < w; ++i) r[i] = T::store(T::summed(T::load(r[i]) + T::load(x[i])));
+}
+
+// Rows [begin, end) of `rows`; alone: no other thread works on this tensor.
+template <class T>
+[[gnu::noinline]] void work(const Work& job, const at::Tensor& x, const int32_t* rows, int64_t begin, int64_t end,
+                            bool alone) {
+  using V = typename T::type;
+  const View<V> xs(&x), rs(job.stream), before(job.before);
+  const int64_t w = x.size(1);
+  Scratch& s = scratch;
+  s.alone = alone;
+  if (job.count) s.fit(job.banks->width, job.banks->each);
+  const int64_t block = together(w);
+  for (int64_t first = begin; first < end; first += block) {
+    const int64_t size = std::min(block, end - first);
+    const int32_t* row = rows + first;
+    if (job.count) fetch(*job.banks, row, 2 * block, std::min(3 * block, end - first));
+    if (job.before)
+      for (int64_t k = 0; k < size; ++k) add<T>(rs[row[k]], before[row[k]], w);
+    std::array<bool, BLOCK> followed{};
+    for (size_t n = 0; n < job.count; ++n) {
+      const Bank& b = job.banks[n];
+      const View<V> stream(b.residual ? &*b.residual : nullptr);
+      const bool follow = job.after == ADD && n + 1 == job.count && b.residual;
+      std::array<Simple, BLOCK> simple;
+      std::array<Form, BLOCK> form;
+      for (int64_t k = 0; k < size; ++k)
+        form[k] = look<T>(b, row[k], xs[row[k]] + job.from, stream[row[k]], s, k, simple[k]);
+      const auto dose = [&](int64_t i) {
+        return b.dose ? b.dose->template mutable_data_ptr<float>() + i * b.ops * 5 : nullptr;
+      };
+      for (int64_t k = 0; k < size; ++k)
+        if (const int64_t i = row[k]; form[k] == SIMPLE)
+          followed[k] = act<T>(b, i, simple[k], xs[i] + job.from, stream[i], follow, dose(i), s);
+      for (int64_t k = 0; k < size; ++k)  // they take the rooms of those
+        if (const int64_t i = row[k]; form[k] == OTHER) steer_row<T>(b, i, xs[i] + job.from, stream[i], dose(i), s);
+    }
+    for (int64_t k = 0; k < size; ++k) {
+      if (job.after == ADD && !followed[k]) add<T>(rs[row[k]], xs[row[k]], w);
+      else if (job.after == SET) std::memcpy(rs[row[k]], xs[row[k]], w * sizeof(V));
+    }
+  }
 }
 
 template <class T>
 void work(const Work& job, const at::Tensor& x, const std::vector<int32_t>& rows) {
-  using V = typename T::type;
-  const View<V> xs(&x), rs(job.stream), before(job.before);
   const int64_t count = static_cast<int64_t>(rows.size()), w = x.size(1);
   const bool alone = count * w < 2 * WORK;
-  const auto run = [&](int64_t begin, int64_t end) {
-    Scratch& s = scratch;
-    s.alone = alone;
-    if (job.count) s.fit(job.banks->width, job.banks->each);
-    const int64_t block = together(w);
-    for (int64_t first = begin; first < end; first += block) {
-      const int64_t size = std::min(block, end - first);
-      const int32_t* row = rows.data() + first;
-      if (job.count) fetch(*job.banks, row, 2 * block, std::min(3 * block, end - first));
-      if (job.before)
-        for (int64_t k = 0; k < size; ++k) add<T>(rs[row[k]], before[row[k]], w);
-      std::array<bool, BLOCK> followed{};
-      for (size_t n = 0; n < job.count; ++n) {
-        const Bank& b = job.banks[n];
-        const View<V> stream(b.residual ? &*b.residual : nullptr);
-        const bool follow = job.after == ADD && n + 1 == job.count && b.residual;
-        std::array<Simple, BLOCK> simple;
-        std::array<Form, BLOCK> form;
-        for (int64_t k = 0; k < size; ++k)
-          form[k] = look<T>(b, row[k], xs[row[k]] + job.from, stream[row[k]], s, k, simple[k]);
-        const auto dose = [&](int64_t i) {
-          return b.dose ? b.dose->template mutable_data_ptr<float>() + i * b.ops * 5 : nullptr;
-        };
-        for (int64_t k = 0; k < size; ++k)
-          if (const int64_t i = row[k]; form[k] == SIMPLE)
-            followed[k] = act<T>(b, i, simple[k], xs[i] + job.from, stream[i], follow, dose(i), s);
-        for (int64_t k = 0; k < size; ++k)  // they take the rooms of those
-          if (const int64_t i = row[k]; form[k] == OTHER) steer_row<T>(b, i, xs[i] + job.from, stream[i], dose(i), s);
-      }
-      for (int64_t k = 0; k < size; ++k) {
-        if (job.after == ADD && !followed[k]) add<T>(rs[row[k]], xs[row[k]], w);
-        else if (job.after == SET) std::memcpy(rs[row[k]], xs[row[k]], w * sizeof(V));
-      }
-    }
-  };
+  const auto run = [&](int64_t begin, int64_t end) { work<T>(job, x, rows.data(), begin, end, alone); };
   if (alone) run(0, count);
   else at::parallel_for(0, count, std::max<int64_t>(1, WORK / w), run);
 }
@@ -925,9 +808,8 @@ std::shared_ptr<const Tap> find(PyObject* name) {
 }
 
 // site_ as a plain Python function of a tensor, the name of a tap, and the tensor before: through torch.ops it takes six
-// times as long to get here.
-PyObject* called(PyObject*, PyObject* const* given, Py_ssize_t count) {
-  HANDLE_TH_ERRORS
+// times as long to get here. Without torch's handler of warnings, whose code is in no cache when a tap's turn comes.
+PyObject* called(PyObject*, PyObject* const* given, Py_ssize_t count) try {
   const bool joined = count == 3 && given[2] != Py_None;
   TORCH_CHECK((count == 2 || count == 3) && THPVariable_Check(given[0]) && PyUnicode_Check(given[1]) &&
                   (!joined || THPVariable_Check(given[2])),
@@ -943,7 +825,9 @@ PyObject* called(PyObject*, PyObject* const* given, Py_ssize_t count) {
   }
   if (!done) ask_python(x, text_of(given[1]), tap ? nullptr : before);
   Py_RETURN_NONE;
-  END_HANDLE_TH_ERRORS
+} catch (...) {
+  torch::translate_exception_to_python(std::current_exception());
+  return nullptr;
 }
 
 }  // namespace
