@@ -99,10 +99,10 @@ def _captured(parts: Sequence[Part], widths: Mapping[Site, int]) -> tuple[Captur
     found: dict[tuple[str, str], CapturedRows] = {}
     for result, document, tensors, *_ in parts:
         for one in result.captured:
-            site, rows, offset = Site.parse(one["site"]), _rows(one, tensors), one["offset"]
-            key = (one["site"], one["edit"])
+            key, offset = (one["site"], one["edit"]), one["offset"]
             if offset is None and key in found:
                 continue
+            site, rows = Site.parse(one["site"]), _rows(one, tensors)
             if offset is not None:
                 added = result.reduce == "projection"  # a projection is the sum of those of the parts
                 width = rows.shape[1] if added else widths[site]

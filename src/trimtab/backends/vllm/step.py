@@ -89,6 +89,7 @@ class Step:
         self._binding: memoryview[int] = self._host["binding"].data
         self._positions: memoryview[int] = self._host["positions"].data
         self._gain: memoryview[Any] = self._host["gain"].reshape(-1).data
+        # what they hold for rows that nobody tracks
         self._untracked: memoryview[int] = np.zeros_like(self._host["binding"]).data
         self._unselected: memoryview[Any] = self._host["gain"].reshape(-1).copy().data
         self._keys = keys

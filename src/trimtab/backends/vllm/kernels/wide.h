@@ -36,16 +36,24 @@ inline void store(void* to, V v) { std::memcpy(to, &v, sizeof v); }
 struct Pair { Reals low, high; };  // 32 numbers
 
 template <size_t... I>
+inline Words choose(Words a, Words b) {
+#if __has_builtin(__builtin_shufflevector)
+  return __builtin_shufflevector(a, b, I...);
+#else  // GCC before 12
+  return __builtin_shuffle(a, b, Words{I...});
+#endif
+}
+
+template <size_t... I>
 inline Pair widened(Words all, std::index_sequence<I...>) {
   const Words none{};
-  return {Reals(__builtin_shufflevector(none, all, (I % 2 ? 32 + I / 2 : I)...)),
-          Reals(__builtin_shufflevector(none, all, (I % 2 ? 48 + I / 2 : I)...))};
+  return {Reals(choose<(I % 2 ? 32 + I / 2 : I)...>(none, all)), Reals(choose<(I % 2 ? 48 + I / 2 : I)...>(none, all))};
 }
 inline Pair widen(const uint16_t* from) { return widened(load<Words>(from), std::make_index_sequence<32>()); }
 
 template <size_t... I>
 inline Words upper(Bits low, Bits high, std::index_sequence<I...>) {
-  return __builtin_shufflevector(Words(low), Words(high), (2 * I + 1)...);
+  return choose<(2 * I + 1)...>(Words(low), Words(high));
 }
 inline void narrow(uint16_t* to, Bits low, Bits high) { store(to, upper(low, high, std::make_index_sequence<32>())); }
 
