@@ -66,9 +66,10 @@ struct Bank {
   }
 };
 
-constexpr int64_t BLOCK = 8;  // most rows that are looked at together: what one waits for, another one does meanwhile
+constexpr int64_t BLOCK = 4;  // most rows that are looked at together: what one waits for, another one does meanwhile
 constexpr int64_t NEAR = 2048;  // elements of such rows, so that they stay in the nearest cache
 inline int64_t together(int64_t width) { return std::clamp<int64_t>(NEAR / width, 1, BLOCK); }
+constexpr int64_t LINE = 64, ASKED = 4 * LINE;  // bytes: of a cache line, and of those that are asked for together
 constexpr int64_t MOST_FETCHED = 2048;  // bytes of a slot that are asked for before its row's turn
 
 struct Scratch {
@@ -473,18 +474,6 @@ template <class T>
       if (!std::isnan(gain[meta[j].key])) count(counts + j * 3 + 2, s.alone);
 }
 
-// Ask for what a row needs before its turn: between passes it has left the cache. Rows of one request have the same.
-inline void fetch(const Bank& b, const int32_t* row, int64_t from, int64_t to) {
-  for (int64_t k = from; k < to; ++k) {
-    const int64_t owner = b.binding[row[k]];
-    if (k > 0 && owner == b.binding[row[k - 1]]) continue;
-    const char* slot = reinterpret_cast<const char*>(b.slot(b.slot_of[owner]).meta);
-    for (int64_t at = 0; at < std::min<int64_t>(b.record, MOST_FETCHED); at += 64) __builtin_prefetch(slot + at, 0, 3);
-    __builtin_prefetch(b.counts + owner * b.counted, 1);
-    asm volatile("");  // without it GCC sees nothing that this function does, and leaves out its calls
-  }
-}
-
 void check_rows(const at::Tensor& t, int64_t width, const char* what) {
   TORCH_CHECK(t.dim() == 2 && t.size(1) == width && (width == 1 || t.stride(1) == 1), what, ": shape ", t.sizes(),
               " and strides ", t.strides(), " were given; rows of width ", width, " were expected");
@@ -513,6 +502,28 @@ struct View {
   V* operator[](int64_t row) const { return base ? base + row * stride : nullptr; }
 };
 
+// Ask for memory, `size` bytes of it or a little more: in loops of single lines a row takes some 10 ns longer.
+template <int written>
+inline void ask(const void* start, int64_t size) {
+  const char* from = static_cast<const char*>(start);
+  for (const char* end = from + size; from < end; from += ASKED)
+    for (int64_t at = 0; at < ASKED; at += LINE) __builtin_prefetch(from + at, written, 3);
+  asm volatile("");  // without it GCC sees nothing that this function does, and leaves out its calls
+}
+
+// Ask for a half of what the slot of row[k] holds, before its turn: between passes it has left the cache. A processor
+// waits for few lines at a time; asked for more, it holds up the rows that could be worked on meanwhile. Rows of one
+// request have the same slot.
+inline void fetch(const Bank& b, const int32_t* row, int64_t k, bool second) {
+  const int64_t owner = b.binding[row[k]];
+  if (k > 0 && owner == b.binding[row[k - 1]]) return;
+  const int64_t end = std::min(b.record, MOST_FETCHED), middle = (end / 2 + ASKED - 1) / ASKED * ASKED;
+  const char* slot = reinterpret_cast<const char*>(b.slot(b.slot_of[owner]).meta);
+  if (second) return ask<0>(slot + middle, end - middle);
+  ask<0>(slot, middle);
+  __builtin_prefetch(b.counts + owner * b.counted, 1, 3);
+}
+
 template <class T>
 inline void add(typename T::type* __restrict r, const typename T::type* __restrict x, int64_t w) {
   if constexpr (std::is_same_v<T, BF16>)
@@ -534,7 +545,6 @@ template <class T>
   for (int64_t first = begin; first < end; first += block) {
     const int64_t size = std::min(block, end - first);
     const int32_t* row = rows + first;
-    if (job.count) fetch(*job.banks, row, 2 * block, std::min(3 * block, end - first));
     if (job.before)
       for (int64_t k = 0; k < size; ++k) add<T>(rs[row[k]], before[row[k]], w);
     std::array<bool, BLOCK> followed{};
@@ -544,14 +554,22 @@ template <class T>
       const bool follow = job.after == ADD && n + 1 == job.count && b.residual;
       std::array<Simple, BLOCK> simple;
       std::array<Form, BLOCK> form;
-      for (int64_t k = 0; k < size; ++k)
+      const int64_t next = n == 0 ? std::min(size, end - first - block) : 0;
+      for (int64_t k = 0; k < size; ++k) {
+        if (k < next) {
+          fetch(b, row, block + k, false);
+          if (const V* r = stream[row[block + k]]) ask<1>(r, std::min<int64_t>(w * sizeof(V), MOST_FETCHED));
+        }
         form[k] = look<T>(b, row[k], xs[row[k]] + job.from, stream[row[k]], s, k, simple[k]);
+      }
       const auto dose = [&](int64_t i) {
         return b.dose ? b.dose->template mutable_data_ptr<float>() + i * b.ops * 5 : nullptr;
       };
-      for (int64_t k = 0; k < size; ++k)
+      for (int64_t k = 0; k < size; ++k) {
+        if (k < next) fetch(b, row, block + k, true);
         if (const int64_t i = row[k]; form[k] == SIMPLE)
           followed[k] = act<T>(b, i, simple[k], xs[i] + job.from, stream[i], follow, dose(i), s);
+      }
       for (int64_t k = 0; k < size; ++k)  // they take the rooms of those
         if (const int64_t i = row[k]; form[k] == OTHER) steer_row<T>(b, i, xs[i] + job.from, stream[i], dose(i), s);
     }
@@ -580,7 +598,11 @@ void work(const Work& job, const at::Tensor& x, int64_t n) {
     if (const int32_t owner = job.binding[i]; owner != 0 && (!job.slot_of || job.slot_of[owner] != 0)) *last++ = i;
   rows.resize(last - rows.data());
   if (rows.empty()) return;
-  if (job.count) fetch(*job.banks, rows.data(), 0, std::min<int64_t>(2 * together(x.size(1)), rows.size()));
+  if (job.count) {
+    const int64_t first = std::min<int64_t>(together(x.size(1)), rows.size());
+    for (int64_t k = 0; k < first; ++k)
+      for (const bool second : {false, true}) fetch(*job.banks, rows.data(), k, second);
+  }
   check_rows(x, x.size(1), "x");
   for (size_t k = 0; k < job.count; ++k) {
     const Bank& b = job.banks[k];
