@@ -124,7 +124,11 @@ inline void combine(const float* weights, const float* u, int64_t count, int64_t
 
 inline bool limited(const Param& a) { return a.ratio < std::numeric_limits<float>::infinity(); }
 
-inline float clamp(float v, float low, float high) { return v < low ? low : v > high ? high : v; }
+// Without branches: a processor that guesses wrong has worked on the next rows in vain. A NaN stays.
+inline float clamp(float v, float low, float high) {
+  const float raised = low > v ? low : v;
+  return high < raised ? high : raised;
+}
 
 // lambda of Hildreth's sweeps (trimtab/steering/subspace.py), and the adjustment of each projection.
 template <class M>
@@ -285,9 +289,9 @@ inline bool added_as_it_is(const Meta& m, const Param& a, float gain) {
 }
 
 // Rows of one request may lie in parts of several threads; alone, a thread need not lock the bus for it.
-inline void count(int32_t* at, bool alone) {
-  if (alone) ++*at;
-  else __atomic_fetch_add(at, 1, __ATOMIC_RELAXED);
+inline void count(int32_t* at, bool alone, int32_t more = 1) {
+  if (alone) *at += more;
+  else if (more) __atomic_fetch_add(at, more, __ATOMIC_RELAXED);
 }
 
 // One op of `act`: its direction (none: no such op), its parameters and where its full dose goes.
@@ -388,8 +392,10 @@ bool act(const Bank& b, int64_t row, const Simple& one, typename T::type* x, typ
   const int64_t w = b.width;
   const float *v = one.v, *u = one.u, weight = one.weight;
   if (one.vector >= 0) count(one.counts + one.vector * 3, s.alone);
-  if (one.moved >= 0) count(one.counts + one.moved * 3, s.alone);
-  if (one.clamped) count(one.counts + one.moved * 3 + 1, s.alone);
+  if (one.moved >= 0) {
+    count(one.counts + one.moved * 3, s.alone);
+    count(one.counts + one.moved * 3 + 1, s.alone, one.clamped);
+  }
   if (dose) {
     const Param* param = b.slot(b.slot_of[b.binding[row]]).param;
     const auto done = [&](int64_t j, const float* of) { return j < 0 ? Done{} : Done{of, param + j, dose + j * 5}; };
@@ -531,14 +537,13 @@ inline void add(typename T::type* __restrict r, const typename T::type* __restri
   for (int64_t i = 0; i < w; ++i) r[i] = T::store(T::summed(T::load(r[i]) + T::load(x[i])));
 }
 
-// Rows [begin, end) of `rows`; alone: no other thread works on this tensor.
+// Rows [begin, end) of `rows`; alone: no other thread works on this tensor. `s` is the scratch of this thread.
 template <class T>
 [[gnu::noinline]] void work(const Work& job, const at::Tensor& x, const int32_t* rows, int64_t begin, int64_t end,
-                            bool alone) {
+                            bool alone, Scratch& s) {
   using V = typename T::type;
   const View<V> xs(&x), rs(job.stream), before(job.before);
   const int64_t w = x.size(1);
-  Scratch& s = scratch;
   s.alone = alone;
   if (job.count) s.fit(job.banks->width, job.banks->each);
   const int64_t block = together(w);
@@ -583,8 +588,8 @@ template <class T>
 template <class T>
 void work(const Work& job, const at::Tensor& x, const std::vector<int32_t>& rows) {
   const int64_t count = static_cast<int64_t>(rows.size()), w = x.size(1);
-  const bool alone = count * w < 2 * WORK;
-  const auto run = [&](int64_t begin, int64_t end) { work<T>(job, x, rows.data(), begin, end, alone); };
+  const bool alone = count * w < 2 * WORK || at::get_num_threads() == 1;
+  const auto run = [&](int64_t begin, int64_t end) { work<T>(job, x, rows.data(), begin, end, alone, scratch); };
   if (alone) run(0, count);
   else at::parallel_for(0, count, std::max<int64_t>(1, WORK / w), run);
 }
