@@ -48,8 +48,6 @@ class StepRows:
     """int32 [max_bindings + 1]: 0 for a request that is not steered."""
     gain: Tensor
     """float32 [max_tokens, keys]; NaN where the row is not selected."""
-    positions: Tensor
-    """int64 [max_tokens]."""
 
 
 class _Packed(NamedTuple):

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import torch
 
@@ -107,8 +108,7 @@ def _values(keys: tuple[Key, ...], where: torch.Tensor, prompt: int, ids: torch.
     return torch.stack(columns, dim=1).numpy() if columns else np.empty((len(where), 0), np.float32)
 
 
-@dataclass(slots=True)
-class Bound:
+class Bound(msgspec.Struct, gc=False):
     """A request that is steered, recorded or forced, for as long as the runner knows it."""
 
     req_id: str
@@ -126,7 +126,7 @@ class Bound:
     """Sites where an op of its steering runs outside the banks."""
     counted_ops: Counted | None = None
     """Its ops that are counted in this worker."""
-    keys: dict[str, int] = field(default_factory=dict)
+    keys: dict[str, int] = {}
     """Column of the gain table of each pair of positions and gain."""
     token_ids: torch.Tensor | None = None
     """Ids of its rows in this pass, when an op outside the banks selects by token."""
@@ -141,9 +141,9 @@ class Bound:
     """Position from which nothing of the request but the position changes from row to row, once `foresee` said so."""
     reach: int = -1
     """The last tap where its steering acts."""
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = []
     """Why ops did not act where they should have."""
-    watched: bool = field(init=False)
+    watched: bool = False
     """Whether a pass needs more for it than its rows: tokens forced, or logits looked at."""
 
     def __post_init__(self) -> None:

@@ -22,7 +22,7 @@ from trimtab.backends.vllm.liveness import dead, end_waits_when_dead, has_died, 
 from trimtab.backends.vllm.plugin import RPC
 from trimtab.backends.vllm.reduced import MAX_DIRECTIONS, Kind
 from trimtab.backends.vllm.reports import Part, Report, merged
-from trimtab.backends.vllm.wire import CaptureSpec, Dose, RequestData, Result
+from trimtab.backends.vllm.wire import CaptureSpec, Dose, RequestData
 from trimtab.errors import BackendError, InputError, SteeringError
 from trimtab.sites import Site
 from trimtab.steering import Positions, Steering
@@ -334,8 +334,7 @@ class Client:
         found: dict[tuple[str, str], list[Part]] = {}
         for document, tensors in answers:
             counts, row = wire.counts_of(document["counts"]), 0
-            for given in document["results"]:
-                result = Result(*given)
+            for result in wire.results_of(document):
                 names = document["ops"][result.ops]
                 part = Part(result, document, tensors, names, counts[row : row + len(names)])
                 found.setdefault((result.label, result.req_id), []).append(part)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import numpy as np
 from torch import Tensor
 
@@ -30,8 +31,7 @@ class CapturedRows:
     """What `rows` holds: the rows at `positions`, or a reduction of them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
+class Report(msgspec.Struct, frozen=True, gc=False):
     """What came back of one request, or of one child of a request with n > 1."""
 
     label: str
@@ -48,13 +48,13 @@ class Report:
     """Why ops did not act where they should have; empty when all is well."""
     ops: Sequence[OpReport] = NOTHING
     captured: tuple[CapturedRows, ...] = ()
-    full: Mapping[tuple[str, int], tuple[tuple[int, ...], Tensor]] = field(default_factory=dict)
+    full: Mapping[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
     """(site, op number) -> positions and [m, 5]: p_before, p_after, cap_delta, clamped, ratio."""
     nonfinite_logits: bool = False
     """Whether the logits of some token were not finite; looked for where `check_logits` asked for it."""
 
 
-class Part(NamedTuple):
+class Part(msgspec.Struct, frozen=True, gc=False):
     """What one worker holds of a request."""
 
     result: Result
@@ -77,12 +77,16 @@ def merged(parts: Sequence[Part], widths: Mapping[Site, int]) -> Report:
         first.prompt_length,
         first.rows,
         first.cached,
-        tuple(dict.fromkeys(chain.from_iterable([part.result.problems for part in parts]))),
+        first.problems if len(parts) == 1 else _problems(parts),
         _counted(parts),
         _captured(parts, widths),
         _full(parts),
         any([part.result.nonfinite_logits for part in parts]),
     )
+
+
+def _problems(parts: Sequence[Part]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(chain.from_iterable(part.result.problems for part in parts)))
 
 
 def _counted(parts: Sequence[Part]) -> OpReports:
@@ -97,12 +101,13 @@ def _counted(parts: Sequence[Part]) -> OpReports:
 
 def _captured(parts: Sequence[Part], widths: Mapping[Site, int]) -> tuple[CapturedRows, ...]:
     found: dict[tuple[str, str], CapturedRows] = {}
-    for result, document, tensors, *_ in parts:
+    for part in parts:
+        result, document = part.result, part.document
         for one in result.captured:
             key, offset = (one["site"], one["edit"]), one["offset"]
             if offset is None and key in found:
                 continue
-            site, rows = Site.parse(one["site"]), _rows(one, tensors)
+            site, rows = Site.parse(one["site"]), _rows(one, part.tensors)
             if offset is not None:
                 added = result.reduce == "projection"  # a projection is the sum of those of the parts
                 width = rows.shape[1] if added else widths[site]
@@ -121,10 +126,11 @@ def _assembled(known: CapturedRows | None, rows: Tensor, offset: int, width: int
 
 def _full(parts: Sequence[Part]) -> dict[tuple[str, int], tuple[tuple[int, ...], Tensor]]:
     found: dict[tuple[str, int], tuple[tuple[int, ...], Tensor]] = {}
-    for result, document, tensors, *_ in parts:
-        for one in result.full:
+    for part in parts:
+        document = part.document
+        for one in part.result.full:
             where, pairs = document["positions"][one["positions"]], document["pairs"][one["pairs"]]
-            values = _rows(one, tensors).view(len(pairs), len(where), -1).unbind()
+            values = _rows(one, part.tensors).view(len(pairs), len(where), -1).unbind()
             for (site, number), own in zip(pairs, values, strict=True):
                 found.setdefault((site, number), (where, own))
     return found

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -39,8 +40,7 @@ MAX_TABLES = 16
 """Tables of gains that a steering keeps for requests to come."""
 
 
-@dataclass(slots=True)
-class Left:
+class Left(msgspec.Struct, gc=False):
     """What a finished request leaves until it is collected."""
 
     label: str
@@ -58,8 +58,8 @@ class Left:
     counts: Any = None
     """What they did, and how many rows each key selects: what `Counted.values` takes of one request."""
     selected: Ints | None = None
-    captured: dict[tuple[Site, str], tuple[Tensor, Tensor]] = field(default_factory=dict)
-    full: list[Doses] = field(default_factory=list)
+    captured: dict[tuple[Site, str], tuple[Tensor, Tensor]] = {}
+    full: list[Doses] = []
     nonfinite_logits: bool = False
 
 
@@ -410,7 +410,7 @@ class WorkerState:
         self._left_bytes += _size(left)
         while len(self._left) > MAX_LEFT or self._left_bytes > MAX_LEFT_BYTES:
             _, gone = self._left.popitem(last=False)
-            self._left_bytes -= sum(_size(one) for one in gone)
+            self._left_bytes -= sum(map(_size, gone))
             self._dropped += len(gone)
             _log.warning("results that nobody collected were dropped: %s", gone[0].label)
 
@@ -427,7 +427,7 @@ class WorkerState:
         for label in labels:
             lefts = self._left.pop(label, None)
             if lefts is not None:
-                self._left_bytes -= sum(_size(one) for one in lefts)
+                self._left_bytes -= sum(map(_size, lefts))
                 found[label] = lefts
         return found
 

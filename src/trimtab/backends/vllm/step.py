@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ _TOGETHER = 256
 """Taps whose numbers lie in one piece of memory."""
 
 
-class Span(NamedTuple):
+class Span(msgspec.Struct, frozen=True, gc=False):
     """The rows of one request in this pass."""
 
     bound: Bound
@@ -80,14 +81,12 @@ class Step:
             "binding": torch.zeros(max_rows, dtype=torch.int32),
             "slot_of": torch.zeros(max_bound + 1, dtype=torch.int32),
             "gain": torch.full((max_rows, keys), float("nan"), dtype=torch.float32),
-            "positions": torch.zeros(max_rows, dtype=torch.int64),
         }
         self._host = {name: tensor.numpy() for name, tensor in host.items()}
         self._tensors = host
         # the same tables for single places, quicker to write to than arrays
         self._slot_of: memoryview[int] = self._host["slot_of"].data
         self._binding: memoryview[int] = self._host["binding"].data
-        self._positions: memoryview[int] = self._host["positions"].data
         self._gain: memoryview[Any] = self._host["gain"].reshape(-1).data
         # what they hold for rows that nobody tracks
         self._untracked: memoryview[int] = np.zeros_like(self._host["binding"]).data
@@ -124,6 +123,8 @@ class Step:
         self._batch: Sequence[str | None] = ()
         self._computed = 0  # rows computed before the pass that comes, if it goes on
         self._steady = False
+        self._alike = False  # whether nothing of the requests of the pass changes from row to row
+        self._reach = -1  # the last tap where a steering of theirs acts
         self._filled = 0
         self._taps: list[Ints] = []
         self._owns = torch.zeros(0, 2, dtype=torch.int64)  # what the newest of them have
@@ -138,7 +139,7 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Memory of the tables on the device."""
-        return sum(one.nbytes for one in (self.rows.binding, self.rows.slot_of, self.rows.gain, self.rows.positions))
+        return self.rows.binding.nbytes + self.rows.slot_of.nbytes + self.rows.gain.nbytes
 
     @property
     def active(self) -> bool:
@@ -239,6 +240,7 @@ class Step:
         self.spans, self.special, self.wanted, self.measured = [], {}, {}, None
         self.forced, self.prompt_logits, self.check_logits = False, False, False
         self.shift = self._settled = 0
+        self._alike, self._reach = True, -1
 
     def begin(
         self,
@@ -263,9 +265,7 @@ class Step:
         self.settle()
         self._fill(bound, req_ids, starts, computed, token_ids, total)
         self._batch, self._computed = list(req_ids), before + total
-        self._steady = total == len(req_ids) and all(
-            span.start >= max(span.bound.alike_from, span.bound.counted) for span in self.spans
-        )
+        self._steady = self._alike and total == len(req_ids)
         self._measure()
         self._direct()
 
@@ -331,6 +331,9 @@ class Step:
                 self._place_alike(one, first, start)
             else:
                 self._place(span, token_ids)
+                self._alike &= start >= max(one.alike_from, one.counted)
+            if one.reach > self._reach:
+                self._reach = one.reach
             if one.captured is not None:
                 self._want(span, token_ids, recorded)
             if one.watched:
@@ -339,7 +342,7 @@ class Step:
         self._group(recorded)
         self.rows.n = self._filled = total
         if self.device.type != "cpu":
-            for name in ("binding", "gain", "positions"):
+            for name in ("binding", "gain"):
                 getattr(self.rows, name)[:stop].copy_(self._tensors[name][:stop], non_blocking=True)
 
     def _place(self, span: Span, token_ids: Tensor | None) -> None:
@@ -351,16 +354,14 @@ class Step:
         one.counted = one.done
         if span.length == 1:  # gains that change at every row come here each time
             self._binding[first] = self.shadow(one.number) if one.done > start else one.number
-            self._positions[first] = start
         else:
             host["binding"][first:last] = one.number
             if one.done > start:
                 host["binding"][first : min(first + one.done - start, last)] = self.shadow(one.number)
-            host["positions"][first:last] = np.arange(start, stop)
         if one.table is not None:
-            ids = None if token_ids is None else token_ids[first:last]
+            looked_at = token_ids if one.needs_tokens or one.special else None
+            one.token_ids = ids = None if looked_at is None else looked_at[first:last]
             gains = one.table.at(start, stop, ids)
-            one.token_ids = ids
             host["gain"][first:last, : gains.shape[1]] = gains
             for site in one.special:
                 self.special.setdefault(site, []).append(span)
@@ -369,7 +370,7 @@ class Step:
     def _place_alike(self, one: Bound, row: int, position: int) -> None:
         """Place a request that goes on, with one row: most of a busy engine."""
         one.counted, one.done = position, position + 1
-        self._binding[row], self._positions[row] = one.number, position
+        self._binding[row] = one.number
         if one.table is not None:
             self._gain[row * self._keys : (row + 1) * self._keys] = one.table.wide
 
@@ -427,7 +428,7 @@ class Step:
         for number in self._asked ^ asked:
             self._taps[number][1] = number in asked
         self._asked = asked
-        last = max([*asked, *[span.bound.reach for span in self.spans]], default=-1)
+        last = max([self._reach, *asked])
         self._control[1], self._control[2], self._control[3] = self.rows.n, last, self.measured is not None
         self.busy = self.active = last >= 0
 

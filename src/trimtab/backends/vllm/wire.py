@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import msgspec.json
 import numpy as np
@@ -169,7 +169,7 @@ class Entry(dict[str, Any]):
         return dict, (dict(self),)
 
 
-class Result(NamedTuple):
+class Result(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What one request left in one worker, as it travels: places are numbers in lists of the document around it."""
 
     label: str
@@ -178,13 +178,13 @@ class Result(NamedTuple):
     prompt_length: int
     rows: int
     cached: int
-    problems: Sequence[str]
+    problems: tuple[str, ...]
     nonfinite_logits: bool
     reduce: Kind
     ops: int
     """Sites and names of its ops."""
-    captured: Sequence[dict[str, Any]]
-    full: Sequence[dict[str, Any]]
+    captured: list[dict[str, Any]]
+    full: list[dict[str, Any]]
 
 
 def check_forced(tokens: Iterable[Any], vocabulary: int) -> None:
@@ -239,6 +239,11 @@ def from_parcel(data: bytes) -> tuple[Any, dict[str, Tensor]]:
     document = from_bytes(read.pop(_DOCUMENT).numpy().tobytes())
     narrow = [name for name in read if name.endswith(_BFLOAT16)]
     return document, read | {name.removesuffix(_BFLOAT16): read.pop(name).view(torch.bfloat16) for name in narrow}
+
+
+def results_of(document: dict[str, Any]) -> list[Result]:
+    """Return what the requests of a parcel left, from its document."""
+    return msgspec.convert(document["results"], list[Result])
 
 
 def counts_text(counts: Ints) -> str:

@@ -63,7 +63,7 @@ def rows(gain, binding=None, slots=(0, 1, 2, 3, 0)):
     gain = torch.as_tensor(gain, dtype=torch.float32).reshape(-1, 1) if not isinstance(gain, torch.Tensor) else gain
     n = gain.shape[0]
     owner = torch.ones(n, dtype=torch.int32) if binding is None else torch.tensor(binding, dtype=torch.int32)
-    return StepRows(n, owner, torch.tensor(slots, dtype=torch.int32), gain, torch.arange(n))
+    return StepRows(n, owner, torch.tensor(slots, dtype=torch.int32), gain)
 
 
 def signs(count, seed):

@@ -91,7 +91,6 @@ def a_step(draw):
         torch.randint(0, 5, (n,), generator=generator, dtype=torch.int32),
         torch.tensor([0, *draw(st.permutations([0, 1, 2, 3]))], dtype=torch.int32),
         gain,
-        torch.arange(n),
     )
     dtype = draw(st.sampled_from(DTYPES))
     x = (torch.randn(n, width, generator=generator) * scale).to(dtype)
@@ -136,7 +135,6 @@ def test_a_vector_and_a_projection_are_the_same_in_both_kernels(dtype, width, ma
         torch.arange(12, dtype=torch.int32) % 4,
         torch.tensor([0, 1, 1, 1, 1], dtype=torch.int32),
         gain,
-        torch.arange(12),
     )
     x = x.to(dtype)
     x[:6, ::3] = -0.0
@@ -200,7 +198,7 @@ def test_a_whole_tap_is_what_its_parts_are_one_after_the_other(step, joined, aft
     """The branch before, two sites, and what becomes of the stream; many rows run in several blocks."""
     programs, rows, x, stream, storage, full = step
     n = rows.n * times
-    rows = StepRows(n, rows.binding.repeat(times), rows.slot_of, rows.gain.repeat(times, 1), torch.arange(n))
+    rows = StepRows(n, rows.binding.repeat(times), rows.slot_of, rows.gain.repeat(times, 1))
     x = x.repeat(times, 1)
     stream = x.roll(1, 0) * 3 if stream is None else stream.repeat(times, 1)
     before = x.flip(0).contiguous() if joined else None
@@ -225,7 +223,6 @@ def test_the_stream_is_brought_up_to_date_with_what_was_steered(joined, dtype, w
         torch.arange(20, dtype=torch.int32) % 4,
         torch.tensor([0, 1, 2, 3, 0], dtype=torch.int32),
         torch.ones(20, 2),
-        torch.arange(20),
     )
     nothing = [program([Add(v[1].float(), 1.0)], width)]
     for ops in ([[add, cap], [far], [cap]], [[far, cap], [cap, add], [add]]):
@@ -243,7 +240,7 @@ def test_rows_that_are_looked_at_together_keep_their_own_directions():
     v, x = torch.randn(4, 32, generator=generator), torch.randn(8, 32, generator=generator)
     programs = [program([one], 32) for one in (AblateSubspace(v[:3], 0.5), Add(v[3], 2.0), Cap(v[2], max=-1.0))]
     binding = torch.tensor([1, 2, 3, 1, 3, 1, 2, 3], dtype=torch.int32)
-    rows = StepRows(8, binding, torch.tensor([0, 1, 2, 3, 0], dtype=torch.int32), torch.ones(8, 2), torch.arange(8))
+    rows = StepRows(8, binding, torch.tensor([0, 1, 2, 3, 0], dtype=torch.int32), torch.ones(8, 2))
     results = []
     for kernel in ("auto", "torch"):
         got = x.clone()
@@ -266,13 +263,13 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype, width, kernel):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        made.apply_(together, residual, StepRows(n, owner, slots, torch.ones(n, 2), torch.arange(n)))
+        made.apply_(together, residual, StepRows(n, owner, slots, torch.ones(n, 2)))
     finally:
         torch.set_num_threads(threads)
     assert made.counts[1, :2, 0].tolist() == [n, n]
     for i in range(0, n, max(1, n // 9)):
         alone = x[i : i + 1].clone()
-        one = StepRows(1, owner[:1], slots, torch.ones(1, 2), torch.arange(1))
+        one = StepRows(1, owner[:1], slots, torch.ones(1, 2))
         made.apply_(alone, residual[i : i + 1], one)
         assert torch.equal(bits(alone[0]), bits(together[i]))
 
@@ -281,7 +278,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(dtype, width, kernel):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_16_bit_number_is_read_rounded_and_written_as_torch_does(dtype):
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    rows = StepRows(1, torch.ones(1, dtype=torch.int32), torch.ones(2, dtype=torch.int32), torch.ones(1, 1), every)
+    rows = StepRows(1, torch.ones(1, dtype=torch.int32), torch.ones(2, dtype=torch.int32), torch.ones(1, 1))
     for other in (0.0, 1.0, -3e-8, 1e-5, 60000.0, float("-inf")):
         x = torch.full_like(every, other)[None]
         got = every[None].clone()
@@ -306,7 +303,7 @@ def test_every_number_of_the_math_dtype_is_multiplied_as_torch_does(math, kernel
         got = torch.zeros(1, width)
         one = torch.ones(1, dtype=torch.int32)
         made.apply_(
-            got, None, StepRows(1, one, torch.tensor([0, 1, 0, 0, 0], dtype=torch.int32), torch.full((1, 2), gain), one)
+            got, None, StepRows(1, one, torch.tensor([0, 1, 0, 0, 0], dtype=torch.int32), torch.full((1, 2), gain))
         )
         want = (every * torch.tensor(gain).to(dtype)).float()
         held = torch.isfinite(want)
@@ -340,9 +337,9 @@ def test_a_device_graph_follows_the_tables(dtype):
     x, residual = torch.randn(n, width).to(dtype), torch.randn(n, width).to(dtype)
     rows = StepRows(
         n, torch.zeros(n, dtype=torch.int32), torch.tensor([0, 1, 2, 0, 0], dtype=torch.int32),
-        torch.ones(n, 2), torch.arange(n),
+        torch.ones(n, 2),
     )  # fmt: skip
-    there = StepRows(n, *(one.cuda() for one in (rows.binding, rows.slot_of, rows.gain, rows.positions)))
+    there = StepRows(n, *(one.cuda() for one in (rows.binding, rows.slot_of, rows.gain)))
     made = bank("auto", width, dtype, [], device="cuda", each=2)
     got, stream, start = x.cuda(), residual.cuda(), x.cuda()
     side = torch.cuda.Stream()
@@ -407,7 +404,7 @@ def test_tables_with_gaps_are_refused(strided):
             "gain": torch.ones(8, 2)}  # fmt: skip
     rows[strided] = torch.stack([rows[strided]] * 2, -1)[..., 0]
     with pytest.raises(RuntimeError, match="has strides"):
-        made.handles(StepRows(8, *rows.values(), torch.arange(8)), None, torch.zeros(8, 2, 5))
+        made.handles(StepRows(8, *rows.values()), None, torch.zeros(8, 2, 5))
 
 
 def test_the_library_asks_for_slots_before_their_turn():
@@ -480,7 +477,7 @@ def test_without_a_compiler_the_torch_form_runs_and_says_so_once(tmp_path, monke
     assert list(Path(tmp_path).rglob("*.so")) == []
     monkeypatch.setattr("trimtab.backends.vllm.bank.native", lambda: None)
     x = torch.zeros(2, 4)
-    rows = StepRows(2, torch.ones(2, dtype=torch.int32), torch.tensor([0, 1]), torch.ones(2, 2), torch.arange(2))
+    rows = StepRows(2, torch.ones(2, dtype=torch.int32), torch.tensor([0, 1]), torch.ones(2, 2))
     bank("auto", 4, torch.float32, [program([Add(torch.ones(4), 2.0)], 4)]).apply_(x, None, rows)
     r = torch.ones(2, 4)
     update_residual_(r, x, rows, "add")

@@ -175,6 +175,8 @@ class Driver:
         measured = []
         assert step.rows.n == starts[-1]
         assert binding[starts[-1] :] == [0] * (ROWS - starts[-1])
+        due = [(one.bound, row, n, one.computed) for (one, n), row in zip(batch, starts, strict=False) if one.bound]
+        assert [(one.bound, one.first, one.length, one.start + step.shift) for one in step.spans] == due
         for (one, count), first in zip(batch, starts, strict=False):
             for k in range(count):
                 row, position = first + k, one.computed + k
@@ -184,7 +186,6 @@ class Driver:
                 again = position in one.seen or (one.first is not None and position < one.first)
                 self.shadows += again
                 assert binding[row] == (step.shadow(one.bound.number) if again else one.bound.number)
-                assert int(step.rows.positions[row]) + step.shift == position
                 torch.testing.assert_close(gain[row], torch.tensor(one.gains(position)), rtol=0, atol=0, equal_nan=True)
                 for site in one.sites if one.capture is not None and one.selected(one.capture, position) else ():
                     recorded[site].append((one.name, row, position))
