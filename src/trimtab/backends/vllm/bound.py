@@ -144,11 +144,12 @@ class Bound(msgspec.Struct, gc=False):
     problems: list[str] = []
     """Why ops did not act where they should have."""
     watched: bool = False
-    """Whether a pass needs more for it than its rows: tokens forced, or logits looked at."""
+    """Whether a pass needs more for it than its rows: tokens forced, logits looked at, full doses."""
 
     def __post_init__(self) -> None:
         data, capture = self.data, self.data.capture
-        self.watched = data.forced is not None or data.check_logits or bool(capture and capture.prompt_logits)
+        logits = data.check_logits or (capture is not None and capture.prompt_logits)
+        self.watched = logits or data.forced is not None or data.dose == "full"
 
     @property
     def prompt_length(self) -> int:

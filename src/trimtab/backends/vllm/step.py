@@ -125,6 +125,7 @@ class Step:
         self._steady = False
         self._alike = False  # whether nothing of the requests of the pass changes from row to row
         self._reach = -1  # the last tap where a steering of theirs acts
+        self._full = False  # whether one of them wants full doses
         self._filled = 0
         self._taps: list[Ints] = []
         self._owns = torch.zeros(0, 2, dtype=torch.int64)  # what the newest of them have
@@ -240,7 +241,7 @@ class Step:
         self.spans, self.special, self.wanted, self.measured = [], {}, {}, None
         self.forced, self.prompt_logits, self.check_logits = False, False, False
         self.shift = self._settled = 0
-        self._alike, self._reach = True, -1
+        self._alike, self._reach, self._full = True, -1, False
 
     def begin(
         self,
@@ -377,6 +378,7 @@ class Step:
     def _watch(self, one: Bound) -> None:
         self.forced |= one.data.forced is not None
         self.check_logits |= one.data.check_logits
+        self._full |= one.data.dose == "full"
         self.prompt_logits |= one.data.capture is not None and one.data.capture.prompt_logits
 
     def _want(
@@ -413,7 +415,7 @@ class Step:
     def _measure(self) -> None:
         """Rows that are computed again after a preemption were measured before."""
         spans = []
-        for span in self.spans:
+        for span in self.spans if self._full else ():
             if span.bound.data.dose == "full" and span.bound.program is not None:
                 again = min(max(span.bound.counted - span.start, 0), span.length)
                 spans.append(Span(span.bound, span.first + again, span.length - again, span.start + again))
