@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from math import inf, prod
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from trimtab.steering.subspace import MANY_SWEEPS
 
 SUPPORTED = (Add, Cap, Ablate, SetProjection, AblateSubspace, CapSubspace)
 MOST_DIRECTIONS = 64
+_META = 8  # numbers of an op that say what it is
 _CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -100,7 +102,9 @@ class SiteBank:
         self.each = min(max(1, max_directions // ops_per_site), MOST_DIRECTIONS)
         if counts is None:
             counts = torch.zeros(max_bound + 1, ops_per_site, 3, dtype=torch.int32, device=device)
-        self.tables = Tables(*_slots(max_steering + 1, ops_per_site, self.each, width, storage, device), counts)
+        self._storage = storage
+        self._memory, slots = self._slots(max_steering + 1, device)
+        self.tables = Tables(*slots, counts)
         self.counts = self.tables.counts
         """int32 [max_bound + 1, J, 3], per binding and op: rows that it selected; rows of them where a bound was
         active; rows of them that the ops of the site would have made non-finite, and that were held in the range."""
@@ -113,13 +117,32 @@ class SiteBank:
     @property
     def nbytes(self) -> int:
         """Memory of the buffers."""
-        slots = self.tables.meta
-        return len(slots) * slots.stride(0) * slots.element_size() + self.counts.nbytes
+        return self._memory.nbytes + self.counts.nbytes
+
+    @property
+    def record(self) -> int:
+        """Bytes of a slot."""
+        return self._memory.shape[1]
 
     @staticmethod
     def supports(op: Op) -> bool:
         """Return whether an op can lie in a bank."""
         return isinstance(op, SUPPORTED)
+
+    def _slots(self, slots: int, device: torch.device | str) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """Return room for slots, zeros, and its tables; a slot lies together: a row reads one piece of memory."""
+        ops, each = self.ops, self.each
+        kinds = (torch.int32, torch.float32, torch.float32, self._storage)
+        shapes = ((ops, _META), (ops, 4), (ops, each, 2 + each), (ops, each, self.width))
+        sizes = [prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)]
+        head = _whole_lines(sum(sizes[:3]))
+        starts = [0, sizes[0], sizes[0] + sizes[1], head]
+        memory = torch.zeros(slots, head + _whole_lines(sizes[3]), dtype=torch.uint8, device=device)
+        meta, param, bounds, directions = (
+            memory[:, start : start + size].view(kind).view(slots, *shape)
+            for start, size, kind, shape in zip(starts, sizes, kinds, shapes, strict=True)
+        )
+        return memory, (meta, param, directions, bounds)
 
     def check(self, program: SiteProgram) -> None:
         """Refuse a program that does not fit.
@@ -148,37 +171,38 @@ class SiteBank:
                     f"it with directions_per_op={count} (at most {MOST_DIRECTIONS})"
                 )
 
-    def pack(self, slot: int, program: SiteProgram, keys: Mapping[str, int]) -> None:
-        """Put a program into a slot, in place of what it held.
+    def pack(self, program: SiteProgram, keys: Mapping[str, int]) -> Tensor:
+        """Return a program as a slot holds it: uint8 [record], on the host.
 
         Args:
-            slot: from 1.
             program: the ops of this site.
             keys: column of `StepRows.gain` of each `step.key`.
 
         Raises:
-            SteeringError: it does not fit; the slot is as before.
-            VectorError: vectors of another width; the slot is as before.
+            SteeringError: it does not fit.
+            VectorError: vectors of another width.
         """
         self.check(program)
         maths = [step.op.math_dtype(self.model_dtype) for step in program.steps]
         wide = maths[0]
         for math in maths[1:]:
             wide = torch.promote_types(wide, math)
-        storage = self.tables.directions.dtype
-        packed = [
-            _pack(step.op, keys[step.key], math, _CODES[wide], storage)
-            for step, math in zip(program.steps, maths, strict=True)
-        ]
-        self.clear(slot)
-        for j, one in enumerate(packed):
+        memory, (meta, param, directions, bounds) = self._slots(1, "cpu")
+        for j, (step, math) in enumerate(zip(program.steps, maths, strict=True)):
+            one = _pack(step.op, keys[step.key], math, _CODES[wide], self._storage)
             count = len(one.directions)
-            self.tables.directions[slot, j, :count].copy_(one.directions)
+            directions[0, j, :count].copy_(one.directions)
             if one.bounds is not None:
-                self.tables.bounds[slot, j, :count, : one.bounds.shape[1]].copy_(one.bounds)
-            self.tables.param[slot, j].copy_(torch.tensor(one.param))
-            self.tables.meta[slot, j].copy_(torch.tensor(one.meta, dtype=torch.int32))
-        self._sweeps[slot] = max(one.meta[5] for one in packed)
+                bounds[0, j, :count, : one.bounds.shape[1]].copy_(one.bounds)
+            param[0, j].copy_(torch.tensor(one.param))
+            meta[0, j].copy_(torch.tensor(one.meta, dtype=torch.int32))
+        return memory[0]
+
+    def put(self, slot: int, packed: Tensor) -> None:
+        """Have a slot, from 1, hold what `pack` made, in place of what it held."""
+        self._memory[slot].copy_(packed)
+        meta = packed.numpy()[: self.ops * _META * 4].view(np.int32).reshape(-1, _META)
+        self._sweeps[slot] = int(meta[:, 5].max())
 
     def clear(self, slot: int) -> None:
         """Empty a slot."""
@@ -253,23 +277,6 @@ def update_residual_(r: Tensor, x: Tensor, rows: StepRows, mode: Literal["set", 
         return
     n = x.shape[0] if r.device.type != "cpu" else min(rows.n, x.shape[0])
     update(r[:n], x[:n], rows.binding[:n], mode == "add")
-
-
-def _slots(
-    slots: int, ops: int, each: int, width: int, storage: torch.dtype, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the tables of slots, zeros: all of one slot lies together, so that a row reads one piece of memory."""
-    kinds = (torch.int32, torch.float32, torch.float32, storage)
-    shapes = ((ops, 8), (ops, 4), (ops, each, 2 + each), (ops, each, width))
-    sizes = [prod(shape) * kind.itemsize for shape, kind in zip(shapes, kinds, strict=True)]
-    head = _whole_lines(sum(sizes[:3]))
-    starts = [0, sizes[0], sizes[0] + sizes[1], head]
-    memory = torch.zeros(slots, head + _whole_lines(sizes[3]), dtype=torch.uint8, device=device)
-    meta, param, bounds, directions = (
-        memory[:, start : start + size].view(kind).view(slots, *shape)
-        for start, size, kind, shape in zip(starts, sizes, kinds, shapes, strict=True)
-    )
-    return meta, param, directions, bounds
 
 
 def _whole_lines(size: int) -> int:

@@ -126,8 +126,6 @@ class Bound(msgspec.Struct, gc=False):
     """Sites where an op of its steering runs outside the banks."""
     counted_ops: Counted | None = None
     """Its ops that are counted in this worker."""
-    keys: dict[str, int] = {}
-    """Column of the gain table of each pair of positions and gain."""
     token_ids: torch.Tensor | None = None
     """Ids of its rows in this pass, when an op outside the banks selects by token."""
     done: int = 0

@@ -128,16 +128,13 @@ class DoseRecorder:
 
     def _ops(self, one: Bound, *, logits: bool) -> dict[int, Ops]:
         """Return the ops of a request at the logits, or at all other sites, by the key that selects their rows."""
-        if one.counted_ops is None or one.program is None:
+        if one.counted_ops is None:
             return {}
         found = self._listed.get(one.counted_ops)
         if found is None:
             listed: tuple[dict[int, list[tuple[str, int]]], ...] = ({}, {})
-            for site, program in one.program.items():
-                name = str(site)
-                if name in self._number:
-                    for op, step in enumerate(program.steps):
-                        listed[site == LOGITS].setdefault(one.keys[step.key], []).append((name, op))
+            for site, _, _, op, key, _ in one.counted_ops.listed:
+                listed[site == str(LOGITS)].setdefault(key, []).append((site, op))
             inner, outer = ({key: tuple(ops) for key, ops in part.items()} for part in listed)
             found = self._listed[one.counted_ops] = (inner, outer)
         return found[logits]

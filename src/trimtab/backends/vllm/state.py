@@ -36,8 +36,8 @@ _log = get_logger(__name__)
 MAX_LEFT = 16384
 """Finished requests whose results wait to be collected."""
 MAX_LEFT_BYTES = 1 << 32
-MAX_TABLES = 16
-"""Tables of gains that a steering keeps for requests to come."""
+MAX_TABLES = 256
+"""Tables of gains that are kept for requests to come, of steerings with the same positions and gains."""
 
 
 class Left(msgspec.Struct, gc=False):
@@ -63,20 +63,35 @@ class Left(msgspec.Struct, gc=False):
     nonfinite_logits: bool = False
 
 
-@dataclass(slots=True)
-class _Known:
-    steering: Steering
-    program: Program
-    keys: dict[str, int]
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class _Keys:
+    """The pairs of positions and gain of a steering; one for all that have the same."""
+
     pairs: tuple[Key, ...]
-    """Positions and gain of each key."""
+    tables: dict[tuple[int, int], GainTable] = field(default_factory=dict)
+    """Gains by the lengths of prompt and sequence, where tokens do not matter."""
+
+
+class _Known(msgspec.Struct, frozen=True, gc=False):
+    """A steering that requests may name.
+
+    As few objects as can be: many small ones, made between those of requests, would scatter the requests to come over
+    the memory, and the scheduler looks at all of them at every step.
+    """
+
+    banks: tuple[int, ...]
+    """Places of the banks that it lies in."""
+    packed: Tensor
+    """What a slot of each of these holds, one after another: uint8."""
+    program: Program | None
+    """None where the banks hold all of it."""
     special: tuple[Site, ...]
+    """Sites where an op runs outside the banks."""
+    keys: _Keys
     counted: Counted
     """Its ops at the sites that this worker holds."""
     reach: int
     """The last tap where it acts."""
-    tables: dict[tuple[int, int], GainTable] = field(default_factory=dict)
-    """Gains by the lengths of prompt and sequence, where tokens do not matter."""
 
 
 class WorkerState:
@@ -137,6 +152,7 @@ class WorkerState:
         """[bindings, sites, J, 3]: what the banks count, in their order."""
         self._counted: WeakValueDictionary[Any, Counted] = WeakValueDictionary()
         """One for all steerings whose ops are at the same places, by what it lists."""
+        self._keys: WeakValueDictionary[tuple[Key, ...], _Keys] = WeakValueDictionary()
         self.nonfinite_logits = torch.zeros(4 * max_requests + 1, dtype=torch.bool, device=device)
         """Of every binding, whether the logits of a token were not finite, where that is looked for."""
         self._bank_of = {site: index for index, site in enumerate(self.banks)}
@@ -234,9 +250,11 @@ class WorkerState:
                 f"the steering has {len(keys)} different pairs of positions and gain and the engine holds "
                 f"{self.config.keys_per_steering}; raise keys_per_steering where the engine is started"
             )
-        for site, bank in self.banks.items():
+        banks, packed = [], [torch.empty(0, dtype=torch.uint8)]
+        for place, (site, bank) in enumerate(self.banks.items()):
             if site in program and site not in special:
-                bank.check(program[site])
+                banks.append(place)
+                packed.append(bank.pack(program[site], keys))
             elif site in program and len(program[site].steps) > self.config.ops_per_site:
                 raise SteeringError(
                     f"{site} has {len(program[site].steps)} ops and the engine holds {self.config.ops_per_site}; raise "
@@ -250,7 +268,15 @@ class WorkerState:
         )
         counted = self._counted.setdefault(counted.listed, counted)
         columns = tuple(pairs[key] for key in keys)
-        return _Known(steering, program, keys, columns, tuple(special), counted, self.step.reach(program))
+        return _Known(
+            tuple(banks),
+            torch.cat(packed),
+            program if special else None,
+            tuple(special),
+            self._keys.setdefault(columns, _Keys(columns)),
+            counted,
+            self.step.reach(program),
+        )
 
     def register_directions(self, digest: str, directions: Tensor) -> None:
         """Take directions [k, width] that requests have rows projected on; the least recently used make room."""
@@ -356,22 +382,29 @@ class WorkerState:
         assert one.data.digest is not None
         one.slot, fresh = self.slots.take(one.data.digest)
         if fresh:
-            for site, bank in self.banks.items():
-                if site in known.program and site not in known.special:
-                    bank.pack(one.slot, known.program[site], known.keys)
-                else:
-                    bank.clear(one.slot)
+            self._fill(one.slot, known)
             self._packed[one.slot] = one.data.digest
-        one.program, one.keys, one.special = known.program, known.keys, known.special
+        one.program, one.special = known.program, known.special
         one.counted_ops, one.reach = known.counted, known.reach
+        keys = known.keys
         lengths = (one.prompt_length, min(one.prompt_length + max_tokens, self.max_length))
-        one.table = known.tables.get(lengths)
+        one.table = keys.tables.get(lengths)
         if one.table is None:
-            one.table = GainTable.of(known.pairs, one.prompt_ids, lengths[1], self.config.keys_per_steering)
+            one.table = GainTable.of(keys.pairs, one.prompt_ids, lengths[1], self.config.keys_per_steering)
             if one.table.tail is not None:
-                if len(known.tables) >= MAX_TABLES:
-                    known.tables.clear()
-                known.tables[lengths] = one.table
+                if len(keys.tables) >= MAX_TABLES:
+                    keys.tables.clear()
+                keys.tables[lengths] = one.table
+
+    def _fill(self, slot: int, known: _Known) -> None:
+        """Have a slot of the banks hold a steering."""
+        start = 0
+        for place, bank in enumerate(self.banks.values()):
+            if place in known.banks:
+                bank.put(slot, known.packed[start : start + bank.record])
+                start += bank.record
+            else:
+                bank.clear(slot)
 
     def release(self, req_id: str) -> None:
         """Stop tracking a request, and keep what it leaves."""

@@ -416,7 +416,7 @@ class Step:
         """Rows that are computed again after a preemption were measured before."""
         spans = []
         for span in self.spans if self._full else ():
-            if span.bound.data.dose == "full" and span.bound.program is not None:
+            if span.bound.data.dose == "full" and span.bound.counted_ops is not None:
                 again = min(max(span.bound.counted - span.start, 0), span.length)
                 spans.append(Span(span.bound, span.first + again, span.length - again, span.start + again))
         if spans:

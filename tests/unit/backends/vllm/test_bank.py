@@ -54,7 +54,7 @@ def bank(kernel, dtype, *programs, ops=3, directions=9, width=W, storage=torch.f
         kernel=kernel,
     )
     for slot, one in enumerate(programs, 1):
-        made.pack(slot, one, keys or {step.key: 0 for step in one.steps})
+        made.put(slot, made.pack(one, keys or {step.key: 0 for step in one.steps}))
     return made
 
 
@@ -249,8 +249,8 @@ def test_each_op_follows_its_own_key_and_each_row_its_own_slot(kernel):
         {"layers.0.resid_post": [Cap(U[0], max=-1.0)]}, positions="generated"
     )
     two = keyed.resolve(num_layers=1, hidden_size=W, sites=[SITE])[SITE]
-    made.pack(1, program(Add(V, 2.0)), {program(Add(V, 2.0)).steps[0].key: 0})
-    made.pack(2, two, {two.steps[0].key: 3, two.steps[1].key: 1})
+    made.put(1, made.pack(program(Add(V, 2.0)), {program(Add(V, 2.0)).steps[0].key: 0}))
+    made.put(2, made.pack(two, {two.steps[0].key: 3, two.steps[1].key: 1}))
     gain = torch.full((4, 4), NAN)
     gain[0, 0], gain[1, 3], gain[2, 1], gain[3] = 1.0, 0.5, 1.0, 1.0
     x = grid(torch.float32, 4)
@@ -271,7 +271,7 @@ def test_each_op_follows_its_own_key_and_each_row_its_own_slot(kernel):
 def test_a_slot_that_is_packed_again_forgets_what_it_held(kernel):
     made = bank(kernel, torch.float32, program(Add(V, 1.0), Add(V, 2.0), Cap(U[0], max=-9.0)))
     one = program(Add(V, -1.0))
-    made.pack(1, one, {one.steps[0].key: 0})
+    made.put(1, made.pack(one, {one.steps[0].key: 0}))
     got = torch.zeros(1, W)
     made.apply_(got, None, rows([1.0]))
     assert torch.equal(got[0], -V)
@@ -393,16 +393,16 @@ def test_the_stream_follows_tracked_rows_only(dtype):
         assert torch.equal(bits(got), bits(torch.stack([new[0], r[1], new[2], r[3], r[4]])))
 
 
-def test_what_does_not_fit_is_refused_and_leaves_the_slot_as_it_was():
+def test_what_does_not_fit_is_refused():
     small = bank("auto", torch.float32, program(Add(V, 1.0)), ops=1, directions=2)
     with pytest.raises(SteeringError, match=r"2 ops were given and the engine holds 1 .*ops_per_site=2"):
-        small.pack(1, program(Add(V, 1.0), Add(V, 2.0)), {})
+        small.pack(program(Add(V, 1.0), Add(V, 2.0)), {})
     with pytest.raises(SteeringError, match=r"3 directions and the engine holds 2 .*directions_per_op=3"):
-        small.pack(1, program(CapSubspace(U, max=0.0)), {})
+        small.pack(program(CapSubspace(U, max=0.0)), {})
     with pytest.raises(SteeringError, match=r"0:Patch cannot lie in a bank"):
-        small.pack(1, program(Patch(V)), {})
+        small.pack(program(Patch(V)), {})
     with pytest.raises(VectorError, match=r"width 8; the states are 64 wide"):
-        small.pack(1, program(Add(torch.ones(8), 1.0), width=8), {})
+        small.pack(program(Add(torch.ones(8), 1.0), width=8), {})
     got = torch.zeros(1, W)
     small.apply_(got, None, rows([1.0]))
     assert torch.equal(got[0], V)

@@ -42,7 +42,7 @@ def bank(kernel, width, dtype, programs, *, ops=3, each=3, storage=torch.float32
         model_dtype=dtype, storage=storage, kernel=kernel,
     )  # fmt: skip
     for slot, one in enumerate(programs, 1):
-        made.pack(slot, one, {step.key: index % 2 for index, step in enumerate(one.steps)})
+        made.put(slot, made.pack(one, {step.key: index % 2 for index, step in enumerate(one.steps)}))
     return made
 
 
@@ -351,7 +351,7 @@ def test_a_device_graph_follows_the_tables(dtype):
         got.copy_(start)
         made.apply_(got, stream, there)
     for slot, one in enumerate(programs, 1):
-        made.pack(slot, one, {step.key: index % 2 for index, step in enumerate(one.steps)})
+        made.put(slot, made.pack(one, {step.key: index % 2 for index, step in enumerate(one.steps)}))
     rows.binding.copy_(torch.tensor([1, 2, 0, 1, 3, 2, 1, 0]))
     there.binding.copy_(rows.binding)
     graph.replay()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.backends.vllm.bound import Bound, GainTable
+from trimtab.backends.vllm.counts import Counted
 from trimtab.backends.vllm.step import Step
 from trimtab.backends.vllm.wire import RequestData
 from trimtab.sites import Site
@@ -85,7 +86,7 @@ def bind(one: Known, numbers: list[int]) -> Bound:
     data = RequestData(label=one.name, digest=one.name if keys else None, dose="full" if one.full else "counts")
     made = Bound(req_id=one.name, data=data, prompt_ids=one.prompt, number=numbers.pop())
     if keys:
-        made.slot, made.program, made.reach = 1, {A: None}, TAPS[A]  # type: ignore[assignment]
+        made.slot, made.counted_ops, made.reach = 1, Counted(()), TAPS[A]
         made.table = GainTable.of(keys, one.prompt, len(one.prompt) + one.wanted, KEYS)
     if one.capture is not None:
         made.captured, made.capture_sites, made.edits = Positions.parse(one.capture), one.sites, ("after",)
