@@ -34,7 +34,7 @@ from _claims import Measured, main
 from _vllm_engine import Batch, Engine, together
 
 QUICK_SECONDS = 180
-SETS = {"testbed": 5, "eager": 2, "qwen": 3}
+SETS = {"testbed": 8, "eager": 2, "qwen": 3}
 """Sets of processes."""
 WARM = 4
 """Tokens of a request that warms an engine up."""
@@ -141,7 +141,7 @@ def testbed(usual: Found, large: Found, deadline: float) -> None:
     base, many = Batch(), Batch(count=256)
     with engines("testbed") as (stock, other, steered):
         listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
-        compare(usual, stock, base, listed, 6, deadline)
+        compare(usual, stock, base, listed, 4, deadline)
         listed = {CONTROL: Case(other, many)} | {
             f"{count}_steerings": Case(steered, replace(many, steerings=count)) for count in (16, 256)
         }

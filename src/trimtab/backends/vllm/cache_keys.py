@@ -69,6 +69,14 @@ class _Span(NamedTuple):
         return self.fixed is not None and self.wanted is None and not self.unwanted
 
 
+class _Reach(NamedTuple):
+    """Where an op acts in requests of one prompt length; ops of equal positions and gain share one."""
+
+    spans: tuple[_Span, ...]
+    stops: tuple[int, ...]
+    """The end of every span."""
+
+
 def read_ops(listed: Any) -> tuple[KeyedOp, ...]:
     """Read the `ops` of a request's steering: `[[digest, positions, gain], ...]`.
 
@@ -109,12 +117,14 @@ def block_key(
 class BlockKeys:
     """The keys of the blocks of one request: selections resolved once to intervals, never to rows."""
 
+    __slots__ = ("_first", "_known", "_last", "_length", "_ops", "_prompt_length", "needs_tokens")
+
     def __init__(self, ops: Sequence[KeyedOp], prompt_length: int) -> None:
         self._prompt_length = prompt_length
         self.needs_tokens = any(op.positions.needs_tokens for op in ops)
         """Whether a selection names token ids."""
-        resolved = [(op, _spans(op, prompt_length)) for op in ops]
-        self._ops = [(op, spans, [one.stop for one in spans]) for op, spans in resolved if spans]
+        resolved = ((op, _reach(op.positions, op.gain, prompt_length)) for op in ops)
+        self._ops = tuple((op, reach) for op, reach in resolved if reach.spans)
         # Rows [first, last) get the same throughout, and a block of `length` rows among them has this key.
         self._first, self._last, self._length = 0, 0, 0
         self._known: str | None = None
@@ -125,7 +135,7 @@ class BlockKeys:
             return self._known
         runs: list[tuple[int, int, Act]] = []
         last, even = _END, True
-        for op, spans, stops in self._ops:
+        for op, (spans, stops) in self._ops:
             for index in range(bisect_right(stops, start), len(spans)):
                 span = spans[index]
                 if span.start >= end:
@@ -195,8 +205,13 @@ def _digest(segments: tuple[Segment, ...]) -> str:
     return hashlib.blake2b(document.encode(), digest_size=32).hexdigest()
 
 
-def _spans(op: KeyedOp, prompt_length: int) -> list[_Span]:
-    where = op.positions
+@lru_cache(maxsize=1024)
+def _reach(where: Positions, gain: Gain, prompt_length: int) -> _Reach:
+    spans = tuple(_spans(where, gain, prompt_length))
+    return _Reach(spans, tuple(one.stop for one in spans))
+
+
+def _spans(where: Positions, gain: Gain, prompt_length: int) -> Iterator[_Span]:
     inside = _union(where.ranges, prompt_length)
     refused = _union(where.not_ranges, prompt_length)
     unwanted = frozenset(where.not_token_ids)
@@ -207,17 +222,15 @@ def _spans(op: KeyedOp, prompt_length: int) -> list[_Span]:
     if wanted:
         outside = _less(_less([(0, _END)], inside), refused)
         found += [(low, high, wanted, frozenset()) for low, high in outside]
-    spans: list[_Span] = []
     for low, high, chosen, left in sorted(found, key=lambda one: one[0]):
-        if isinstance(op.gain, Constant):
-            spans.append(_Span(low, high, _gain_at_first(op.gain), chosen, left))
+        if isinstance(gain, Constant):
+            yield _Span(low, high, _gain_at_first(gain), chosen, left)
             continue
         turn = min(max(prompt_length, low), high)  # in the prompt, a gain is that of step 0
         if low < turn:
-            spans.append(_Span(low, turn, _gain_at_first(op.gain), chosen, left))
+            yield _Span(low, turn, _gain_at_first(gain), chosen, left)
         if turn < high:
-            spans.append(_Span(turn, high, None, chosen, left))
-    return spans
+            yield _Span(turn, high, None, chosen, left)
 
 
 def _union(ranges: Iterable[Range], prompt_length: int) -> list[Interval]:
@@ -271,6 +284,12 @@ def _gain_at_first(gain: Gain) -> str:
 
 
 def _gain(given: Mapping[str, str]) -> Gain:
+    return _gain_of(tuple(sorted(given.items())))
+
+
+@lru_cache(maxsize=256)
+def _gain_of(items: tuple[tuple[str, str], ...]) -> Gain:
+    given = dict(items)
     return KINDS[given["kind"]](**{name: float.fromhex(value) for name, value in given.items() if name != "kind"})
 
 
