@@ -200,6 +200,10 @@ def test_a_slot_that_is_taken_over_steers_by_its_new_owner_alone() -> None:
     torch.testing.assert_close(out, torch.arange(2 * WIDTH).reshape(2, WIDTH).float() + vector(7))
     with pytest.raises(BackendError, match="slots"):
         bind(state, "third", two)
+    state.release("second")
+    bind(state, "fourth", two)
+    out = run(state, model, ["fourth"], [2], [0])
+    torch.testing.assert_close(out, torch.arange(2 * WIDTH).reshape(2, WIDTH).float() + 2 * (vector(5) + vector(6)))
 
 
 def test_a_steering_in_use_is_not_forgotten() -> None:
