@@ -206,6 +206,24 @@ def test_a_slot_that_is_taken_over_steers_by_its_new_owner_alone() -> None:
     torch.testing.assert_close(out, torch.arange(2 * WIDTH).reshape(2, WIDTH).float() + 2 * (vector(5) + vector(6)))
 
 
+def test_every_site_gets_what_the_steering_says_of_it() -> None:
+    state, model = steered()
+    bind(state, "r", add(1) + add(2, layer=1))
+    out = run(state, model, ["r"], [2], [0])
+    torch.testing.assert_close(out, torch.arange(2 * WIDTH).reshape(2, WIDTH).float() + vector(1) + vector(2))
+
+
+def test_requests_of_equal_positions_are_steered_by_their_own_prompt_lengths() -> None:
+    state, model = steered()
+    for name, seed, prompt in (("long", 1, [1, 2, 3]), ("short", 2, [1]), ("again", 1, [1])):
+        digest = state.register(add(seed, positions="generated").dumps())
+        state.bind(name, {"trimtab": RequestData(label=name, digest=digest).to_wire()}, prompt, 8)
+    out = run(state, model, ["long", "short", "again"], [2, 2, 2], [2, 0, 0])
+    plain = torch.arange(6 * WIDTH).reshape(6, WIDTH).float()
+    none = torch.zeros(WIDTH)
+    torch.testing.assert_close(out - plain, torch.stack([none, vector(1), none, vector(2), none, vector(1)]))
+
+
 def test_a_steering_in_use_is_not_forgotten() -> None:
     state = worker()
     bind(state, "r", add(1))
