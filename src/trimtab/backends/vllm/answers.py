@@ -58,7 +58,8 @@ def _hello(worker: SteeredWorker, payload: bytes) -> bytes:
 
 
 def _register(worker: SteeredWorker, payload: bytes) -> bytes:
-    return wire.to_bytes({"digest": worker.state.register(payload)})
+    digest = worker.state.register(payload)
+    return wire.to_bytes({"digest": digest, "bytes": worker.state.bytes_of(digest)})
 
 
 def _directions(worker: SteeredWorker, payload: bytes) -> bytes:

@@ -118,6 +118,7 @@ class Bound(msgspec.Struct, gc=False):
     """Its place in the tables of a step, from 1."""
     slot: int = 0
     program: Program | None = None
+    """Its steering, where an op of it runs outside the banks."""
     table: GainTable | None = None
     captured: Positions | None = None
     capture_sites: frozenset[Site] = frozenset()

@@ -69,7 +69,7 @@ class _Span(NamedTuple):
         return self.fixed is not None and self.wanted is None and not self.unwanted
 
 
-class _Reach(NamedTuple):
+class _Resolved(NamedTuple):
     """Where an op acts in requests of one prompt length; ops of equal positions and gain share one."""
 
     spans: tuple[_Span, ...]
@@ -123,8 +123,8 @@ class BlockKeys:
         self._prompt_length = prompt_length
         self.needs_tokens = any(op.positions.needs_tokens for op in ops)
         """Whether a selection names token ids."""
-        resolved = ((op, _reach(op.positions, op.gain, prompt_length)) for op in ops)
-        self._ops = tuple((op, reach) for op, reach in resolved if reach.spans)
+        resolved = ((op, _resolved(op.positions, op.gain, prompt_length)) for op in ops)
+        self._ops = tuple((op, one) for op, one in resolved if one.spans)
         # Rows [first, last) get the same throughout, and a block of `length` rows among them has this key.
         self._first, self._last, self._length = 0, 0, 0
         self._known: str | None = None
@@ -206,9 +206,9 @@ def _digest(segments: tuple[Segment, ...]) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _reach(where: Positions, gain: Gain, prompt_length: int) -> _Reach:
+def _resolved(where: Positions, gain: Gain, prompt_length: int) -> _Resolved:
     spans = tuple(_spans(where, gain, prompt_length))
-    return _Reach(spans, tuple(one.stop for one in spans))
+    return _Resolved(spans, tuple(one.stop for one in spans))
 
 
 def _spans(where: Positions, gain: Gain, prompt_length: int) -> Iterator[_Span]:

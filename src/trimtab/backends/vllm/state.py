@@ -36,7 +36,7 @@ _log = get_logger(__name__)
 MAX_LEFT = 16384
 """Finished requests whose results wait to be collected."""
 MAX_LEFT_BYTES = 1 << 32
-MAX_TABLES = 256
+MAX_TABLES, MAX_TABLE_BYTES = 256, 1 << 24
 """Tables of gains that are kept for requests to come, of steerings with the same positions and gains."""
 
 
@@ -70,6 +70,24 @@ class _Keys:
     pairs: tuple[Key, ...]
     tables: dict[tuple[int, int], GainTable] = field(default_factory=dict)
     """Gains by the lengths of prompt and sequence, where tokens do not matter."""
+    nbytes: int = 0
+
+    def keep(self, lengths: tuple[int, int], table: GainTable) -> None:
+        """Keep a table for the requests to come."""
+        size = table.rows.nbytes
+        if len(self.tables) >= MAX_TABLES or self.nbytes + size > MAX_TABLE_BYTES:
+            self.tables.clear()
+            self.nbytes = 0
+        self.tables[lengths] = table
+        self.nbytes += size
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class _Layout:
+    """Where the banks find a steering in `_Known.packed`; one for all steerings that lie alike."""
+
+    starts: dict[int, int]
+    """Place of a bank -> first byte of what a slot of it holds; banks of equal ops share them."""
 
 
 class _Known(msgspec.Struct, frozen=True, gc=False):
@@ -79,10 +97,9 @@ class _Known(msgspec.Struct, frozen=True, gc=False):
     the memory, and the scheduler looks at all of them at every step.
     """
 
-    banks: tuple[int, ...]
-    """Places of the banks that it lies in."""
+    layout: _Layout
     packed: Tensor
-    """What a slot of each of these holds, one after another: uint8."""
+    """What slots of the banks hold, each content once: uint8."""
     program: Program | None
     """None where the banks hold all of it."""
     special: tuple[Site, ...]
@@ -164,7 +181,8 @@ class WorkerState:
         self._directions: OrderedDict[str, Tensor] = OrderedDict()
         self.doses = DoseRecorder(self.banks, max_rows, config.ops_per_site, device)
         self.slots = Slots(config.max_steering)
-        self._packed: dict[int, str] = {}
+        self._layouts: WeakValueDictionary[tuple[tuple[int, int], ...], _Layout] = WeakValueDictionary()
+        self._holds: dict[int, str] = {}
         """Digest of the steering that the banks hold in a slot."""
         self.bound: dict[str, Bound] = {}
         self._known: dict[str, _Known] = {}
@@ -210,6 +228,10 @@ class WorkerState:
             self._known[digest] = self._admit(steering)
         return digest
 
+    def bytes_of(self, digest: str) -> int:
+        """Return the memory on the host that a registered steering takes for as long as it is known."""
+        return self._known[digest].packed.nbytes
+
     def _admit(self, steering: Steering) -> _Known:
         fixed = steering.with_model_math(dtype_name(self._dtype))
         program = fixed.resolve(
@@ -250,11 +272,14 @@ class WorkerState:
                 f"the steering has {len(keys)} different pairs of positions and gain and the engine holds "
                 f"{self.config.keys_per_steering}; raise keys_per_steering where the engine is started"
             )
-        banks, packed = [], [torch.empty(0, dtype=torch.uint8)]
+        starts: dict[int, int] = {}
+        packed: dict[bytes, tuple[int, Tensor]] = {}
+        size = 0
         for place, (site, bank) in enumerate(self.banks.items()):
             if site in program and site not in special:
-                banks.append(place)
-                packed.append(bank.pack(program[site], keys))
+                record = bank.pack(program[site], keys)
+                starts[place], held = packed.setdefault(record.numpy().tobytes(), (size, record))
+                size += len(record) if held is record else 0
             elif site in program and len(program[site].steps) > self.config.ops_per_site:
                 raise SteeringError(
                     f"{site} has {len(program[site].steps)} ops and the engine holds {self.config.ops_per_site}; raise "
@@ -269,8 +294,8 @@ class WorkerState:
         counted = self._counted.setdefault(counted.listed, counted)
         columns = tuple(pairs[key] for key in keys)
         return _Known(
-            tuple(banks),
-            torch.cat(packed),
+            self._layouts.setdefault(tuple(starts.items()), _Layout(starts)),
+            torch.cat([torch.empty(0, dtype=torch.uint8), *(record for _, record in packed.values())]),
             program if special else None,
             tuple(special),
             self._keys.setdefault(columns, _Keys(columns)),
@@ -383,7 +408,7 @@ class WorkerState:
         one.slot, fresh = self.slots.take(one.data.digest)
         if fresh:
             self._fill(one.slot, known)
-            self._packed[one.slot] = one.data.digest
+            self._holds[one.slot] = one.data.digest
         one.program, one.special = known.program, known.special
         one.counted_ops, one.reach = known.counted, known.reach
         keys = known.keys
@@ -392,19 +417,16 @@ class WorkerState:
         if one.table is None:
             one.table = GainTable.of(keys.pairs, one.prompt_ids, lengths[1], self.config.keys_per_steering)
             if one.table.tail is not None:
-                if len(keys.tables) >= MAX_TABLES:
-                    keys.tables.clear()
-                keys.tables[lengths] = one.table
+                keys.keep(lengths, one.table)
 
     def _fill(self, slot: int, known: _Known) -> None:
         """Have a slot of the banks hold a steering."""
-        start = 0
         for place, bank in enumerate(self.banks.values()):
-            if place in known.banks:
-                bank.put(slot, known.packed[start : start + bank.record])
-                start += bank.record
-            else:
+            start = known.layout.starts.get(place)
+            if start is None:
                 bank.clear(slot)
+            else:
+                bank.put(slot, known.packed[start : start + bank.record])
 
     def release(self, req_id: str) -> None:
         """Stop tracking a request, and keep what it leaves."""
@@ -421,7 +443,7 @@ class WorkerState:
         self._numbers.append(one.number)
 
     def _result(self, one: Bound) -> Left:
-        digest = self._packed.get(self.step.slot_at(one.number))  # by the table that the taps read
+        digest = self._holds.get(self.step.slot_at(one.number))  # by the table that the taps read
         left = Left(one.data.label, one.req_id, digest, one.prompt_length, one.done, one.cached, tuple(one.problems))
         left.reduce = "" if one.data.capture is None else one.data.capture.reduce
         if one.counted_ops is not None:
@@ -477,6 +499,7 @@ class WorkerState:
         """Return what is held, in numbers."""
         return {
             "registered": len(self._known),
+            "registered_bytes": sum(map(self.bytes_of, self._known)),
             "resident": len(self.slots),
             "active": self.slots.active,
             "tracked": len(self.bound),

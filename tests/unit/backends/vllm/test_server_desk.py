@@ -45,6 +45,8 @@ class Workers:
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []
         self.refuse: Exception | None = None
+        self.held = 0
+        """Bytes that a steering takes in a worker."""
 
     async def ask(self, verb: str, payload: bytes = b"") -> list[dict[str, Any]]:
         await asyncio.sleep(0)
@@ -52,7 +54,7 @@ class Workers:
             raise self.refuse
         named = wire.from_bytes(payload)["digests"] if verb == "forget" else [Steering.loads(payload).digest]
         self.asked += [(verb, digest) for digest in named]
-        return [{}]
+        return [{"bytes": 0}, {"bytes": self.held}]
 
 
 class Client:
@@ -250,12 +252,14 @@ def test_idle_steerings_are_forgotten_and_those_in_flight_are_not(
     at_desk(tmp_path, work)
 
 
-def test_idle_steerings_are_bounded_by_bytes_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    size = len(ONE.dumps())
+@pytest.mark.parametrize("held", [0, 1 << 20])
+def test_idle_steerings_are_bounded_by_bytes_too(held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = max(len(ONE.dumps()), held)
     monkeypatch.setattr(desks, "MAX_IDLE_BYTES", 3 * size + size // 2)
 
     async def work(desk: Desk, workers: Workers, client: Client) -> None:
-        held = await desk.prepare("one:2")
+        workers.held = held
+        first = await desk.prepare("one:2")
         digests = []
         for strength in range(3, 9):
             turn = await desk.prepare(f"one:{strength}")
@@ -263,9 +267,9 @@ def test_idle_steerings_are_bounded_by_bytes_too(tmp_path: Path, monkeypatch: py
             desk.release(turn)
         forgotten = [digest for verb, digest in workers.asked if verb == "forget"]
         assert forgotten == digests[:2]  # the newest of six was in flight when the bound was looked at
-        assert held.plan.digest not in forgotten
-        assert {plan.digest for plan in desk._plans.values()} == {held.plan.digest, *digests[2:]}
-        desk.release(held)
+        assert first.plan.digest not in forgotten
+        assert {plan.digest for plan in desk._plans.values()} == {first.plan.digest, *digests[2:]}
+        desk.release(first)
 
     at_desk(tmp_path, work)
 

@@ -206,6 +206,35 @@ def test_a_slot_that_is_taken_over_steers_by_its_new_owner_alone() -> None:
     torch.testing.assert_close(out, torch.arange(2 * WIDTH).reshape(2, WIDTH).float() + 2 * (vector(5) + vector(6)))
 
 
+def test_sites_of_equal_ops_are_held_once() -> None:
+    state, _ = steered()
+    slot = state.banks[POSTS[0]].record
+    for steering, records in (
+        (Steering({"layers.*.resid_post": [Add(vector(1))]}), 1),
+        (add(1), 1),
+        (add(1) + add(2, layer=1), 2),
+        (Steering({"layers.*.resid_post": [Patch(vector(1))]}), 0),
+    ):
+        before = state.stats()["registered_bytes"]
+        digest = state.register(steering.dumps())
+        assert state.bytes_of(digest) == state.stats()["registered_bytes"] - before == records * slot
+    state.forget(list(state._known))
+    assert state.stats()["registered_bytes"] == 0
+
+
+def test_tables_of_gains_are_bounded_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_TABLE_BYTES", 200)
+    state = worker()
+    digest = state.register(add(1, positions="generated").dumps())
+    for prompt in range(1, 25):
+        state.bind("r", {"trimtab": RequestData(label=f"r{prompt}", digest=digest).to_wire()}, [1] * prompt, 8)
+        keys = state._known[digest].keys
+        assert keys.nbytes == sum(one.rows.nbytes for one in keys.tables.values()) <= 200
+        assert (prompt, prompt + 8) in keys.tables
+        state.release("r")
+    assert 0 < len(keys.tables) < 24
+
+
 def test_every_site_gets_what_the_steering_says_of_it() -> None:
     state, model = steered()
     bind(state, "r", add(1) + add(2, layer=1))

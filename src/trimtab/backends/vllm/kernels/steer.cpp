@@ -70,7 +70,7 @@ constexpr int64_t BLOCK = 4;  // most rows that are looked at together: what one
 constexpr int64_t NEAR = 2048;  // elements of such rows, so that they stay in the nearest cache
 inline int64_t together(int64_t width) { return std::clamp<int64_t>(NEAR / width, 1, BLOCK); }
 constexpr int64_t LINE = 64, ASKED = 4 * LINE;  // bytes: of a cache line, and of those that are asked for together
-constexpr int64_t MOST_FETCHED = 2048;  // bytes of a slot that are asked for before its row's turn
+constexpr int64_t MOST_FETCHED = 2048;  // bytes of a slot, and of a row of the stream, that are asked for before their turn
 
 struct Scratch {
   std::vector<float> held;

@@ -30,7 +30,8 @@ _log = get_logger(__name__)
 MAX_REGISTERED = 1024
 """Distinct steerings that the engine is made to hold while they are idle."""
 MAX_IDLE_BYTES = 1 << 30
-"""Bytes of them: every strength is a steering of its own, with its own copy of the vectors here and in each worker."""
+"""Bytes of them in a worker: every strength is a steering of its own, with its own copy of the vectors here and, as
+large as a slot, in each worker."""
 MAX_IN_FLIGHT = 4096
 """Distinct steerings of requests in flight."""
 
@@ -263,8 +264,8 @@ class Desk:
                     f"it takes {len(payload)} bytes and the engine takes {limit}; start it with "
                     f"max_payload_bytes={len(payload)}"
                 )
-            await self._workers.ask("register", payload)
-            self._registered[digest] = len(payload)
+            answers = await self._workers.ask("register", payload)
+            self._registered[digest] = max(len(payload), *(one["bytes"] for one in answers))
             self._leaving.discard(digest)
             await self._forget_idle()
 
