@@ -132,6 +132,13 @@ def logprobs_digest(output: Any) -> str:
     return hashlib.sha256(json.dumps([list(made.token_ids), steps]).encode()).hexdigest()
 
 
+class Extension:
+    """What a program of vLLM's may add to its workers."""
+
+    def from_elsewhere(self) -> str:
+        return "here"
+
+
 def sampling(**settings: Any) -> Any:
     """Return parameters of a request that is none of ours."""
     from vllm import SamplingParams

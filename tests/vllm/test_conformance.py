@@ -95,6 +95,17 @@ class TestVLLMBackend(BackendConformance):
         ((report,),) = client.collect([extra])
         assert [op.rows for op in report.ops] == [len(ids[1]) + 7]
 
+    def test_requests_of_a_call_run_together(self, backend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        calls, stock = [], backend._llm.generate
+        monkeypatch.setattr(
+            backend._llm,
+            "generate",
+            lambda listed, *more, **named: (calls.append(len(listed)), stock(listed, *more, **named))[1],
+        )
+        requests = [Request(prompt=self.ids(5, seed), id=str(seed), max_new_tokens=2) for seed in range(6)]
+        assert len(list(backend.generate(requests))) == 6
+        assert calls == [6]
+
     def test_many_seeded_prompts_do_not_end_the_engine(self, backend: Backend) -> None:
         """Together they are longer than one pass; vLLM on the CPU cannot draw after a prompt that was split."""
         sampling = Sampling(temperature=1.0, seed=3)

@@ -273,9 +273,10 @@ def tensor(tmp_path_factory: pytest.TempPathFactory) -> Found:
     return start(folder, "tensor", without=BEGINNING, dies=True, tensor_parallel_size=2, **HOSTILE)
 
 
-def test_tensor_parallel_workers_act_as_one(alone: Found, tensor: Found) -> None:
+def test_tensor_parallel_workers_act_as_one(alone: Found, plain: Found, tensor: Found) -> None:
     found = tensor
     check(found, alone, BEGINNING)
+    check(found, plain, BEGINNING)
     assert found.document["preempted"] > 0
     assert found.document["requests"][SHARING]["children"][0]["cached"] == BLOCK
     assert len(found.document["stats"]) == 2

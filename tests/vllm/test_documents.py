@@ -25,8 +25,14 @@ ENVIRONMENT = os.environ | {
 def test_the_program_runs(tmp_path: Path) -> None:
     (program,) = (text for kind, text in BLOCKS if kind == "python")
     (tmp_path / "steered.py").write_text(program)
-    done = subprocess.run([sys.executable, "steered.py"], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    environment = ENVIRONMENT | {"VLLM_LOGGING_LEVEL": "INFO", "VLLM_LOGGING_COLOR": "0"}
+    done = subprocess.run([sys.executable, "steered.py"], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
+    said = done.stdout + done.stderr
+    taken = re.search(r"steering: 6 sites, 64 slots of 2 ops, (\d+\.\d) MiB of buffers on cpu", said)
+    assert taken is not None, said[:3000]
+    assert taken.start() < said.index("KV cache size"), "buffers are there before vLLM looks how much memory is left"
+    assert float(taken[1]) > 6 * 64 * 2 * 128 * 4 / 2**20, "the directions alone take as much"
     assert "('0:Add', 15)" in done.stdout
     assert "torch.Size([15, 128])" in done.stdout
 

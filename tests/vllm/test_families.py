@@ -33,9 +33,11 @@ from trimtab.steering import (
     Add,
     Cap,
     CapSubspace,
+    Decay,
     LowRank,
     Op,
     Patch,
+    Ramp,
     SetProjection,
     Steering,
 )
@@ -502,6 +504,63 @@ def test_a_text_model_in_a_multimodal_one_runs_as_in_transformers(tmp_path: Path
 @pytest.mark.parametrize("family", MULTIMODAL)
 def test_every_multimodal_text_model_runs_as_in_transformers(family: str, multimodal: Group) -> None:
     check_family(multimodal, family)
+
+
+POINTS_OF_BLOCKS = (
+    "resid_pre", "q", "k", "v", "attn_z", "attn_raw", "attn_out", "resid_mid", "mlp_act", "mlp_raw", "mlp_out",
+    "resid_post",
+)  # fmt: skip
+EVERY_SITE = ("embed", *(f"layers.1.{point}" for point in POINTS_OF_BLOCKS), "final_norm", "logits")
+GAINS = (Ramp(0.7), Decay(0.6))
+
+
+def sites_group(folder: Path) -> Group:
+    """Plan engines in which a request steers each site that there is, then each gain a site; all are recorded."""
+    group = Group(folder)
+    for family, kind in (("qwen3", "eager"), ("qwen3", "compiled"), ("gemma2", "eager")):
+        place = save(family, folder / f"model-{family}-{kind}")
+        config = json.loads((place / "config.json").read_text())
+        heads, shared = (32 * config[f"num_{which}_heads"] for which in ("attention", "key_value"))
+        widths = {"q": heads, "k": shared, "v": shared, "attn_z": heads, "mlp_act": config["intermediate_size"]}
+        widths["logits"] = config["vocab_size"]
+
+        def steering(number: int, site: str, widths: dict[str, int] = widths, **more: Any) -> Steering:
+            width = widths.get(site.rpartition(".")[2], WIDTH)
+            ops = [Add(direction(30 + number, width), scale=0.3), Cap(direction(60 + number, width), max=0.1)]
+            return Steering({site: ops}, **more)
+
+        given = [steering(number, site) for number, site in enumerate(EVERY_SITE)]
+        given += [steering(number, "layers.1.resid_post", gain=gain) for number, gain in enumerate(GAINS)]
+        asked = [Asked(PROMPTS[number % 2], one, EVERY_SITE, 16) for number, one in enumerate([*given, None, None])]
+        settings = {"sites": list(EVERY_SITE), "max_steering": len(asked)}
+        group.add(f"{family}-{kind}", place, asked, settings=settings, **KINDS[kind])
+    group.run()
+    return group
+
+
+@pytest.fixture(scope="module")
+def every_site(tmp_path_factory: pytest.TempPathFactory) -> Group:
+    return sites_group(tmp_path_factory.mktemp("sites"))
+
+
+@pytest.mark.parametrize("name", ["qwen3-eager", "qwen3-compiled", "gemma2-eager"])
+def test_every_site_is_steered_and_recorded_as_in_the_reference(name: str, every_site: Group) -> None:
+    """The second family's head is its embedding: one tensor in two places."""
+    document, rows = every_site.found(name)
+    tokens, writer = every_site.reference(name)
+    asked = every_site.asked[name]
+    assert [tuple(made) for made in document["tokens"]] == tokens
+    assert set(rows) == {f"{number}/{site}" for number in range(len(asked)) for site in EVERY_SITE}
+    assert not too_far(every_site, name, rows, writer, LAYERS)
+    for number, one in enumerate(asked[:-2]):
+        count = len(one.prompt) + one.tokens - 1
+        site = EVERY_SITE[number] if number < len(EVERY_SITE) else "layers.1.resid_post"
+        acted = one.tokens if site == "logits" else count  # there are logits where a token is drawn
+        assert [op[:3] for op in document["ops"][number]] == [[site, f"{at}", acted] for at in ("0:Add", "1:Cap")]
+        plain = len(asked) - 2 + (len(asked) - 2 + number) % 2
+        assert asked[plain].prompt == one.prompt
+        moved = (rows[f"{number}/logits"][0] - rows[f"{plain}/logits"][0]).norm() / rows[f"{plain}/logits"][0].norm()
+        assert float(moved) > 50 * BOUND, site
 
 
 STATED = [*((name, "float32", "eager") for name in MODELS), ("testbed", "bfloat16", "eager")]

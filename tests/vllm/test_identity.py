@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.vllm import _engine as engine
+from trimtab.errors import TrimtabError
 from trimtab.sites import Site
 from trimtab.steering import (
     Ablate,
@@ -55,7 +56,7 @@ def to_no_effect(number: int, sites: list[str]) -> Steering:
     return Steering({site: [op(width(site))] for site in sites}, gain=0.0 if number % 8 == 5 else 1.0)
 
 
-def to_some_effect(number: int, sites: list[str]) -> Steering:
+def to_some_effect(number: int, sites: list[str], hidden: int = WIDTH) -> Steering:
     """Return a steering that changes every request, one of eight."""
 
     def op(width: int) -> Op:
@@ -71,7 +72,7 @@ def to_some_effect(number: int, sites: list[str]) -> Steering:
             LowRank(pair / 16, torch.ones(2), pair.T.contiguous() / 16),
         )[number % 8]
 
-    return Steering({site: [op(width(site))] for site in sites})
+    return Steering({site: [op(width(site, hidden))] for site in sites})
 
 
 def drawn(number: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +81,8 @@ def drawn(number: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
     return rows[0], rows[1:]
 
 
-def width(site: str) -> int:
-    return VOCABULARY if site == "logits" else WIDTH
+def width(site: str, hidden: int = WIDTH) -> int:
+    return VOCABULARY if site == "logits" else hidden
 
 
 def batch(kind: str, client: Any, sites: list[str]) -> list[Any]:
@@ -127,7 +128,8 @@ def run(model: str, modes: list[str], kinds: list[str], dtype: str, sites: list[
 
 def check_identity(
     model: str, folder: Path, modes: list[str], dtype: str = "bfloat16", sites: list[str] = SITES
-) -> None:
+) -> dict[str, list[str]]:
+    """Return the digests of the stock engine."""
     # the stock engine does not even load the plugin
     stock = engine.call(run, model, modes, ["stock"], dtype, sites, cwd=folder, VLLM_PLUGINS="none")
     ours = engine.call(run, model, modes, KINDS, dtype, sites, cwd=folder)
@@ -135,6 +137,7 @@ def check_identity(
         wanted = stock[f"{mode}/stock"]
         assert len(set(wanted)) == COUNT
         check_bits({kind: ours[f"{mode}/{kind}"] for kind in KINDS}, wanted, mode)
+    return stock
 
 
 def check_among_themselves(model: str, folder: Path, sites: list[str]) -> None:
@@ -155,10 +158,35 @@ def check_bits(found: dict[str, list[str]], wanted: list[str], mode: str) -> Non
         assert not others & set(wanted), (mode, kind)
 
 
+def not_asked(model: str, modes: list[str]) -> dict[str, Any]:
+    """Run engines that load the plugin and were not asked to steer; return digests, and what is not of vLLM in them."""
+    found: dict[str, Any] = {"digests": {}, "ours": [], "said": []}
+    for mode in modes:
+        llm = engine.start(model, dtype="bfloat16", enforce_eager=mode == "eager", **RAW)
+        outputs = engine.generate(llm, engine.prompts(COUNT, LENGTH), batch("stock", None, SITES))
+        found["digests"][mode] = [engine.logprobs_digest(one) for one in outputs]
+        core = llm.llm_engine.engine_core.engine_core
+        worker = core.model_executor.driver_worker.worker
+        parts = [core, core.scheduler, worker, worker.model_runner, *worker.model_runner.model.modules()]
+        found["ours"] += [str(type(one)) for one in parts if type(one).__module__.startswith("trimtab")]
+        found["ours"] += [name for one in parts for name in vars(one) if "trimtab" in name]
+        try:
+            engine.attached(llm)
+        except TrimtabError as error:
+            found["said"].append(str(error))
+        del llm, core, worker, parts
+        engine.stop()
+    return found
+
+
 def test_whom_nothing_steers_gets_the_bits_of_stock_vllm(tmp_path: Path) -> None:
-    check_identity(
-        engine.save("qwen3", tmp_path / "model", layers=4, width=WIDTH, head=64), tmp_path, ["eager", "compiled"]
-    )
+    model, modes = engine.save("qwen3", tmp_path / "model", layers=4, width=WIDTH, head=64), ["eager", "compiled"]
+    stock = check_identity(model, tmp_path, modes)
+    found = engine.call(not_asked, model, modes, cwd=tmp_path)
+    assert {f"{mode}/stock": digests for mode, digests in found["digests"].items()} == stock
+    assert found["ours"] == []
+    assert len(found["said"]) == len(modes)
+    assert all('additional_config={"trimtab": {"sites": [' in said for said in found["said"])
 
 
 @pytest.mark.full
@@ -238,6 +266,41 @@ def compared(states: Any, sites: list[str], vectors: torch.Tensor) -> dict[str, 
     written = [states["eager", math][sites[0], "after"] for math in MATHS]
     found["maths differ"] = not torch.equal(written[0], written[1])
     return found
+
+
+def each_op(model: str, dtype: str) -> list[list[bool]]:
+    """Return whether an op read the same and wrote the same eager and compiled, and whether it changed something."""
+    site, states = "layers.0.resid_pre", []
+    for eager in (True, False):
+        settings = {"sites": [site], "directions_per_op": 2, "max_steering": 8}
+        llm = engine.start(model, settings, dtype=dtype, enforce_eager=eager)
+        client = engine.attached(llm)
+        asked = {"forced": list(range(9, 25)), "temperature": 0, "detokenize": False}
+        params = [
+            client.params(to_some_effect(number, [site], 128), sites=[site], edit=("before", "after"), **asked)
+            for number in range(8)
+        ]
+        engine.generate(llm, engine.prompts(8, LENGTH), params)
+        states.append([{held.edit: held.rows for held in one.captured} for (one,) in client.collect(params)])
+        del llm, client
+        engine.stop()
+    return [
+        [
+            torch.equal(one["before"], other["before"]),
+            torch.equal(one["after"], other["after"]),
+            bool((one["after"] != one["before"]).any()),
+        ]
+        for one, other in zip(*states, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["bfloat16", pytest.param("float16", marks=pytest.mark.full), pytest.param("float32", marks=pytest.mark.full)],
+)
+def test_every_op_corrects_compiled_as_it_does_eager_to_the_bit(dtype: str, tmp_path: Path) -> None:
+    model = engine.save("qwen3", tmp_path / "model", layers=2)
+    assert engine.call(each_op, model, dtype, cwd=tmp_path) == [[True] * 3] * 8
 
 
 def test_a_compiled_engine_corrects_as_an_eager_one_does_to_the_bit(tmp_path: Path) -> None:

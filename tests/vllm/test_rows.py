@@ -121,6 +121,10 @@ def run(model: str, count: int, engines: list[dict[str, Any]]) -> dict[str, Any]
         facts.append(at_once(llm, every, made, rows, wrong, f"engine {number}"))
         facts[-1] |= children(llm, wrong, f"engine {number}")
         facts[-1] |= aborted(llm, every, made, rows, wrong, f"engine {number}")
+        config = llm.llm_engine.vllm_config
+        facts[-1]["asynchronous"] = bool(config.scheduler_config.async_scheduling)
+        extended = bool(config.parallel_config.worker_extension_cls)
+        facts[-1]["extension"] = llm.collective_rpc("from_elsewhere") if extended else []
         del llm
         engine.stop()
     return {"wrong": {name: said for name, said in wrong.items() if said}, "facts": facts, "filled": filled}
@@ -226,11 +230,14 @@ def test_every_row_is_right_however_the_engine_schedules_it(tmp_path: Path) -> N
     assert {one.tokens for one in every if one.captured and one.steered} == set(GENERATED)
     assert {(one.selection, one.tokens) for one in every} == {(one, n) for one in SELECTIONS for n in GENERATED}
     model = engine.save("qwen3", tmp_path / "model")
-    engines = [HOSTILE | {"enable_prefix_caching": True}, HOSTILE | {"async_scheduling": False}]
+    extended = {"worker_extension_cls": "tests.vllm._engine.Extension"}
+    engines = [HOSTILE | {"enable_prefix_caching": True}, HOSTILE | extended | {"async_scheduling": False}]
     found = engine.call(run, model, 27, engines, cwd=tmp_path)
     assert not found["wrong"]
     assert 1 <= found["filled"] <= 3  # of 33 passes
     caching, plain = found["facts"]
+    assert [one["asynchronous"] for one in found["facts"]] == [True, False]
+    assert [one["extension"] for one in found["facts"]] == [[], ["here"]]
     assert min(caching["preempted"], plain["preempted"]) >= 2
     assert caching["cached"] > 0 == plain["cached"]
     assert caching["compared"] > 0
@@ -250,3 +257,6 @@ def test_every_row_is_right_in_other_engines(tmp_path: Path) -> None:
     ]
     found = engine.call(run, model, 54, engines, cwd=tmp_path)
     assert not found["wrong"]
+    compiled, cached, few, full = found["facts"]
+    assert min(one["preempted"] for one in (compiled, few)) >= 1
+    assert min(one["cached"] for one in (compiled, cached, full)) > 0 == few["cached"]

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +133,7 @@ def _unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], where: s
     except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
         raise SteeringError(f"{where}: its text is not the canonical form of a Steering: {error}") from error
     except InputError as error:
-        raise SteeringError(f"{where}: {error}") from error
+        raise SteeringError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
     return bound
 
 
@@ -156,17 +157,24 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], where: str) -> Any:
         tensor = tensors.get(value["blake2b"])
         if tensor is None:
             raise SteeringError(f"{where} is incomplete: no tensor {value['blake2b'][:16]}; it has {len(tensors)}")
-        if [*tensor.shape] != value["shape"] or tensor.dtype is not getattr(torch, value["dtype"], None):
-            raise SteeringError(
-                f"{where} is corrupt: tensor {value['blake2b'][:16]} is {tensor.dtype} {[*tensor.shape]} and should be "
-                f"{value['dtype']} {value['shape']}"
-            )
-        return tensor
+        return _as_named(tensor, value, where)
     if isinstance(value, list):
         return tuple(_decode(item, tensors, where) for item in value)
     if isinstance(value, str) and value.lstrip("-").startswith("0x"):
         return float.fromhex(value)
     return value
+
+
+def _as_named(tensor: Tensor, value: Mapping[str, Any], where: str) -> Tensor:
+    """Return a stored tensor as the text names it: those of equal bytes are stored once, whatever their shapes."""
+    dtype, shape = getattr(torch, value["dtype"], None), value["shape"]
+    fits = dtype in (torch.float32, torch.int64) and tensor.nbytes == dtype.itemsize * prod(shape)
+    if not fits or min(shape, default=0) < 0:
+        raise SteeringError(
+            f"{where} is corrupt: tensor {value['blake2b'][:16]} is {tensor.dtype} {[*tensor.shape]} and should be "
+            f"{value['dtype']} {shape}"
+        )
+    return tensor.reshape(-1).view(dtype).reshape(shape)
 
 
 def require_keys(given: Mapping[str, Any], known: set[str], where: str, required: set[str] | None = None) -> None:

@@ -70,6 +70,21 @@ def test_saving_and_loading_gives_back_every_bit(tmp_path: Path) -> None:
     assert [one.op.describe() for one in again.bound] == [one.op.describe() for one in steering.bound]
 
 
+def test_tensors_of_equal_bytes_keep_their_shapes_and_dtypes(tmp_path: Path) -> None:
+    u = torch.tensor([0.6, 0.8])
+    steering = Steering(
+        {"embed": [LowRank(u[None], torch.ones(1), u[:, None]), Patch(torch.zeros(1, 2), positions=[0])]}
+    )
+    steering.save(tmp_path / "s.safetensors")
+    for again in (Steering.load(tmp_path / "s.safetensors"), Steering.loads(steering.dumps())):
+        assert again == steering
+        low, patch = (one.op for one in again.bound)
+        assert isinstance(low, LowRank)
+        assert torch.equal(low.A, u[None])
+        assert torch.equal(low.B, u[:, None])
+        assert patch == steering.bound[1].op
+
+
 def test_a_file_is_safetensors_whose_metadata_holds_the_canonical_form(tmp_path: Path) -> None:
     steering = Steering({"embed": [Cap([3.0, 4.0], max=0.1), Ablate([3.0, 4.0], 0.0)]})
     steering.save(tmp_path / "s.safetensors")
@@ -247,6 +262,9 @@ def at(name: str) -> Any:
         (lambda m, d, t: d["ops"][0].update(site="layers.x.q"), "is not a site"),
         (lambda m, d, t: d["ops"][0]["op"].update(min="0x1.9p+9"), "min=800 is above max=1"),
         (lambda m, d, t: d["ops"][0]["op"]["direction"].update(shape=[3]), "corrupt: tensor"),
+        (lambda m, d, t: d["ops"][0]["op"]["direction"].update(shape=[-1, -2]), "corrupt: tensor"),
+        (lambda m, d, t: d["ops"][0]["op"]["direction"].update(dtype="float64"), "corrupt: tensor"),
+        (lambda m, d, t: d["ops"][0]["op"]["direction"].update(shape="2"), r"^[^:]*s\.safetensors is corrupt: tensor"),
         (lambda m, d, t: t.clear() or t.update(x=torch.ones(1)), "corrupt: the bytes of tensor x"),
         (lambda m, d, t: d.update(ops=[3]), "not the canonical form"),
     ],

@@ -28,6 +28,8 @@ def test_what_never_ran_on_a_gpu_is_said_with_and_without_one(monkeypatch: pytes
     assert found["vLLM on GPUs"].state == "untested"
     for part in ("device graphs", "model runner V2", "NCCL"):
         assert part in found["vLLM on GPUs"].detail
+    for other in ("vLLM over several machines", "vLLM data parallel with experts"):
+        assert found[other].state == "untested"
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from trimtab.backends.vllm import captured
 from trimtab.backends.vllm.bound import Bound
@@ -62,3 +63,36 @@ def test_every_row_comes_back_to_its_request_in_order(passes: int) -> None:
             assert torch.equal(rows, torch.stack([mine[place] for place in sorted(mine)]))
         assert recorder.collect(one.req_id) == {}
     assert recorder.nbytes == 0
+
+
+class Elements(TorchDispatchMode):
+    """Counts the elements of what operations return."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        self.count += sum(
+            one.numel() for one in (made if isinstance(made, list | tuple) else (made,)) if hasattr(one, "numel")
+        )
+        return made
+
+
+def test_the_work_grows_with_the_rows_and_no_faster():
+    def work(passes: int) -> int:
+        recorder, requests = Recorder(), [request(f"r{n}") for n in range(3)]
+        wanted = Wanted(
+            tuple((one, 1) for one in requests),
+            torch.arange(3),
+            torch.zeros(3, dtype=torch.int64),
+            frozenset({"after"}),
+        )
+        with Elements() as elements:
+            for shift in range(passes):
+                recorder.take(SITES[0], "after", torch.ones(3, 64), wanted, shift)
+            found = [recorder.collect(one.req_id)[SITES[0], "after"] for one in requests]
+        assert [len(rows) for rows, _ in found] == [passes] * 3
+        return elements.count
+
+    few, many = 5 * captured._MAX_PASSES, 40 * captured._MAX_PASSES
+    assert work(many) < 1.05 * 8 * work(few)

@@ -436,6 +436,21 @@ def test_a_steering_is_sent_once_however_many_requests_name_it() -> None:
     assert client.stats()[0]["registered"] == 2
 
 
+def test_what_device_graphs_cannot_do_is_refused() -> None:
+    state = worker()
+    state.graphs = True
+    client = attached(state, [])
+    assert client.info.graphs
+    low = LowRank(torch.ones(1, WIDTH), torch.ones(1), torch.ones(WIDTH, 1))
+    for op in (Patch(vector(1)), low):
+        with pytest.raises(SteeringError, match=r"cannot run inside device graphs; .*enforce_eager=True"):
+            client.params(Steering({"layers.0.resid_post": [op]}), max_tokens=1)
+    for asked in ({"sites": ["layers.0.resid_post"]}, {"dose": "full"}):
+        with pytest.raises(BackendError, match=r"out of device graphs; .*enforce_eager=True"):
+            client.params(add(1), max_tokens=1, **asked)
+    assert client.register(add(1))
+
+
 def test_a_steering_stays_registered_while_a_request_that_names_it_may_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trimtab.backends.vllm.client.MAX_REGISTERED", 2)
     state, _ = steered()
