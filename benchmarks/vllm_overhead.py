@@ -1,8 +1,8 @@
 """Claims about the vLLM backend on the embedded model: what steering and recording cost beside stock vLLM.
 
-6 blocks, width 128: a decode step takes about two milliseconds, so that overheads show. See _vllm_overhead.py for what is
-measured and how. Three more engines run without compilation. 256 steerings over 16 is the quotient of two ratios of one
-round.
+6 blocks, width 128: a decode step takes about two milliseconds, so that overheads show. See _vllm_overhead.py for what
+is measured and how. Three more engines run without compilation. 256 steerings over 16 is the quotient of two ratios of
+one round.
 """
 
 from __future__ import annotations
