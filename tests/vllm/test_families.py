@@ -514,10 +514,10 @@ EVERY_SITE = ("embed", *(f"layers.1.{point}" for point in POINTS_OF_BLOCKS), "fi
 GAINS = (Ramp(0.7), Decay(0.6))
 
 
-def sites_group(folder: Path) -> Group:
-    """Plan engines in which a request steers each site that there is, then each gain a site; all are recorded."""
+def sites_group(folder: Path, engines: tuple[tuple[str, str], ...]) -> Group:
+    """Plan engines, each of a family and a kind; a request steers each site, then one with each gain; all record."""
     group = Group(folder)
-    for family, kind in (("qwen3", "eager"), ("qwen3", "compiled"), ("gemma2", "eager")):
+    for family, kind in engines:
         place = save(family, folder / f"model-{family}-{kind}")
         config = json.loads((place / "config.json").read_text())
         heads, shared = (32 * config[f"num_{which}_heads"] for which in ("attention", "key_value"))
@@ -538,20 +538,22 @@ def sites_group(folder: Path) -> Group:
     return group
 
 
-@pytest.fixture(scope="module")
-def every_site(tmp_path_factory: pytest.TempPathFactory) -> Group:
-    return sites_group(tmp_path_factory.mktemp("sites"))
+@pytest.mark.parametrize("kind", ["eager", pytest.param("compiled", marks=pytest.mark.full)])
+def test_every_site_is_steered_and_recorded_as_in_the_reference(kind: str, tmp_path: Path) -> None:
+    families = ("qwen3", "gemma2")  # the head of the second is its embedding: one tensor in two places
+    group = sites_group(tmp_path, tuple((family, kind) for family in families))
+    for family in families:
+        check_sites(group, f"{family}-{kind}")
 
 
-@pytest.mark.parametrize("name", ["qwen3-eager", "qwen3-compiled", "gemma2-eager"])
-def test_every_site_is_steered_and_recorded_as_in_the_reference(name: str, every_site: Group) -> None:
-    """The second family's head is its embedding: one tensor in two places."""
-    document, rows = every_site.found(name)
-    tokens, writer = every_site.reference(name)
-    asked = every_site.asked[name]
+def check_sites(group: Group, name: str) -> None:
+    """Tokens, rows and counts are the reference's, and what is steered moves the logits."""
+    document, rows = group.found(name)
+    tokens, writer = group.reference(name)
+    asked = group.asked[name]
     assert [tuple(made) for made in document["tokens"]] == tokens
     assert set(rows) == {f"{number}/{site}" for number in range(len(asked)) for site in EVERY_SITE}
-    assert not too_far(every_site, name, rows, writer, LAYERS)
+    assert not too_far(group, name, rows, writer, LAYERS)
     for number, one in enumerate(asked[:-2]):
         count = len(one.prompt) + one.tokens - 1
         site = EVERY_SITE[number] if number < len(EVERY_SITE) else "layers.1.resid_post"

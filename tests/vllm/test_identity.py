@@ -182,10 +182,10 @@ def not_asked(model: str, modes: list[str]) -> dict[str, Any]:
 def test_whom_nothing_steers_gets_the_bits_of_stock_vllm(tmp_path: Path) -> None:
     model, modes = engine.save("qwen3", tmp_path / "model", layers=4, width=WIDTH, head=64), ["eager", "compiled"]
     stock = check_identity(model, tmp_path, modes)
-    found = engine.call(not_asked, model, modes, cwd=tmp_path)
-    assert {f"{mode}/stock": digests for mode, digests in found["digests"].items()} == stock
+    found = engine.call(not_asked, model, ["compiled"], cwd=tmp_path)
+    assert found["digests"] == {"compiled": stock["compiled/stock"]}
     assert found["ours"] == []
-    assert len(found["said"]) == len(modes)
+    assert len(found["said"]) == 1
     assert all('additional_config={"trimtab": {"sites": [' in said for said in found["said"])
 
 

@@ -88,6 +88,7 @@ def test_debug_decode_shows_the_same_steps(said: dict[str, Any]) -> None:
     assert any(step[1] for step in said["hf"]["decoded"]), "the cap acts"
 
 
+@pytest.mark.full
 def test_a_sweep_over_two_engines_compares_every_row_of_every_layer(place: Path) -> None:
     analysis = tt.analyze(engine.call(sweep, str(place), cwd=place))
     assert analysis.passed, analysis.reason
