@@ -359,6 +359,9 @@ class Held:
         self.said.append(("register", digest))
         return digest
 
+    def bytes_of(self, digest: str) -> int:
+        return 0
+
     def forget(self, digests: list[str]) -> None:
         if self.busy & set(digests):
             raise BackendError("in use")
