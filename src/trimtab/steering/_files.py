@@ -26,6 +26,9 @@ from trimtab.steering.positions import Positions
 if TYPE_CHECKING:
     from trimtab.steering.spec import BoundOp
 
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
+"""Of the tensors of an op."""
+
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file, whole or not at all.
@@ -167,9 +170,8 @@ def _decode(value: Any, tensors: Mapping[str, Tensor], where: str) -> Any:
 
 def _as_named(tensor: Tensor, value: Mapping[str, Any], where: str) -> Tensor:
     """Return a stored tensor as the text names it: those of equal bytes are stored once, whatever their shapes."""
-    dtype, shape = getattr(torch, value["dtype"], None), value["shape"]
-    fits = dtype in (torch.float32, torch.int64) and tensor.nbytes == dtype.itemsize * prod(shape)
-    if not fits or min(shape, default=0) < 0:
+    dtype, shape = _DTYPES.get(value["dtype"]), value["shape"]
+    if dtype is None or tensor.nbytes != dtype.itemsize * prod(shape) or min(shape, default=0) < 0:
         raise SteeringError(
             f"{where} is corrupt: tensor {value['blake2b'][:16]} is {tensor.dtype} {[*tensor.shape]} and should be "
             f"{value['dtype']} {shape}"
