@@ -133,6 +133,13 @@ def compare(found: Found, stock: Engine, base: Batch, listed: dict[str, Case], r
             found[name].add(baseline, took)
 
 
+def usual(found: Found, running: tuple[Engine, Engine, Engine], base: Batch, rounds: int, deadline: float) -> None:
+    """Compare what batches of 16 may carry."""
+    stock, other, steered = running
+    listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
+    compare(found, stock, base, listed, rounds, deadline)
+
+
 def many(found: Found, running: tuple[Engine, Engine, Engine], base: Batch, rounds: int, deadline: float) -> None:
     """Compare batches with 16 and with 256 distinct steerings."""
     stock, other, steered = running
@@ -146,3 +153,10 @@ def measured(model: str, found: Found) -> Iterator[Measured]:
     control = found.pop(CONTROL)
     for name, samples in found.items():
         yield samples.measured(f"vllm_{model}_{name}", control)
+
+
+def measured_many(model: str, found: Found) -> Iterator[Measured]:
+    """Give what `many` found: 256 steerings over stock, and over 16 in the same rounds."""
+    few = found.pop("16_steerings")
+    yield found["256_steerings"].over(few).measured(f"vllm_{model}_256_over_16_steerings", found[CONTROL])
+    yield from measured(model, found)

@@ -13,18 +13,16 @@ from dataclasses import replace
 
 from _claims import Measured, main
 from _vllm_engine import Batch
-from _vllm_overhead import CONTROL, QUICK_SECONDS, Case, Found, cases, compare, engines, many, measured
+from _vllm_overhead import CONTROL, QUICK_SECONDS, Case, Found, compare, engines, many, measured, measured_many, usual
 
 SETS = {"compiled": 8, "eager": 2}
 """Sets of processes."""
 
 
-def compiled(usual: Found, large: Found, deadline: float) -> None:
-    base = Batch()
-    with engines("testbed") as (stock, other, steered):
-        listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
-        compare(usual, stock, base, listed, 4, deadline)
-        many(large, (stock, other, steered), Batch(count=256), 2, deadline)
+def compiled(few: Found, large: Found, deadline: float) -> None:
+    with engines("testbed") as running:
+        usual(few, running, Batch(), 4, deadline)
+        many(large, running, Batch(count=256), 2, deadline)
 
 
 def eager(found: Found, deadline: float) -> None:
@@ -37,14 +35,12 @@ def eager(found: Found, deadline: float) -> None:
 def measure(quick: bool) -> Iterator[Measured]:
     end = time.perf_counter() + QUICK_SECONDS if quick else float("inf")
     sets = dict.fromkeys(SETS, 1) if quick else SETS
-    usual: Found = {}
+    few: Found = {}
     large: Found = {}
     for _ in range(sets["compiled"]):
-        compiled(usual, large, end)
-    yield from measured("testbed", usual)
-    few = large.pop("16_steerings")
-    yield large["256_steerings"].over(few).measured("vllm_testbed_256_over_16_steerings", large[CONTROL])
-    yield from measured("testbed", large)
+        compiled(few, large, end)
+    yield from measured("testbed", few)
+    yield from measured_many("testbed", large)
     if time.perf_counter() < end - 60:
         found: Found = {}
         for _ in range(sets["eager"]):

@@ -11,30 +11,30 @@ from collections.abc import Iterator
 
 from _claims import Measured, main
 from _vllm_engine import Batch
-from _vllm_overhead import CONTROL, QUICK_SECONDS, Case, Found, cases, compare, engines, many, measured
+from _vllm_overhead import QUICK_SECONDS, Found, engines, many, measured, measured_many, usual
 
 SETS = 4
 """Sets of processes."""
+LARGE_SECONDS = 240
+"""What batches of 256 requests take in one of them; a quick run has no time for it."""
 
 
-def compiled(usual: Found, large: Found, deadline: float) -> None:
-    base = Batch(prompt=16, new=8)
-    with engines("qwen") as (stock, other, steered):
-        listed = {CONTROL: Case(other, base)} | {name: Case(steered, one) for name, one in cases(base).items()}
-        compare(usual, stock, base, listed, 4, deadline)
-        many(large, (stock, other, steered), Batch(count=256, prompt=4, new=4), 2, deadline)
+def compiled(few: Found, large: Found, deadline: float) -> None:
+    with engines("qwen") as running:
+        usual(few, running, Batch(prompt=16, new=8), 4, deadline)
+        if time.perf_counter() < deadline - LARGE_SECONDS:
+            many(large, running, Batch(count=256, prompt=4, new=4), 2, deadline)
 
 
 def measure(quick: bool) -> Iterator[Measured]:
     end = time.perf_counter() + QUICK_SECONDS if quick else float("inf")
-    usual: Found = {}
+    few: Found = {}
     large: Found = {}
     for _ in range(1 if quick else SETS):
-        compiled(usual, large, end)
-    yield from measured("qwen", usual)
-    few = large.pop("16_steerings")
-    yield large["256_steerings"].over(few).measured("vllm_qwen_256_over_16_steerings", large[CONTROL])
-    yield from measured("qwen", large)
+        compiled(few, large, end)
+    yield from measured("qwen", few)
+    if large:
+        yield from measured_many("qwen", large)
 
 
 if __name__ == "__main__":

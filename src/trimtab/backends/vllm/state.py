@@ -229,7 +229,7 @@ class WorkerState:
         return digest
 
     def bytes_of(self, digest: str) -> int:
-        """Return the memory on the host that a registered steering takes for as long as it is known."""
+        """Return the bytes that are kept on the host to fill slots with a registered steering."""
         return self._known[digest].packed.nbytes
 
     def _admit(self, steering: Steering) -> _Known:
