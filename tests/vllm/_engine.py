@@ -49,15 +49,21 @@ def save(family: str, folder: Path, *, layers: int = 3, width: int = 128, head: 
         "num_attention_heads": width // head,
         "num_key_value_heads": max(width // head // 2, 1),
         "query_pre_attn_scalar": head,
+        "n_embd": width,
+        "n_inner": 2 * width,
+        "n_head": width // head,
     }.items():
         if name in config.__dict__:
             setattr(config, name, value)
+    if family == "gemma2":  # vLLM's class has no head of its own
+        config.tie_word_embeddings = True
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)
         model: Any = type(kind)(config).eval()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 models._randomise(name, parameter)
+    model.tie_weights()
     config.architectures = [type(kind).__name__]
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)

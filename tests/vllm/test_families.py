@@ -22,8 +22,10 @@ import pytest
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from trimtab import testbed
+from trimtab.architectures import Sizes
 from trimtab.backends import Capture, Request, open_backend
 from trimtab.numerics.tolerances import engine_row_rel_l2
 from trimtab.sites import Site
@@ -510,7 +512,13 @@ POINTS_OF_BLOCKS = (
     "resid_pre", "q", "k", "v", "attn_z", "attn_raw", "attn_out", "resid_mid", "mlp_act", "mlp_raw", "mlp_out",
     "resid_post",
 )  # fmt: skip
-EVERY_SITE = ("embed", *(f"layers.1.{point}" for point in POINTS_OF_BLOCKS), "final_norm", "logits")
+EVERY_SITE = (
+    "embed",
+    "layers.0.resid_pre",
+    *(f"layers.1.{point}" for point in POINTS_OF_BLOCKS),
+    "final_norm",
+    "logits",
+)
 GAINS = (Ramp(0.7), Decay(0.6))
 
 
@@ -519,10 +527,10 @@ def sites_group(folder: Path, engines: tuple[tuple[str, str], ...]) -> Group:
     group = Group(folder)
     for family, kind in engines:
         place = save(family, folder / f"model-{family}-{kind}")
-        config = json.loads((place / "config.json").read_text())
-        heads, shared = (32 * config[f"num_{which}_heads"] for which in ("attention", "key_value"))
-        widths = {"q": heads, "k": shared, "v": shared, "attn_z": heads, "mlp_act": config["intermediate_size"]}
-        widths["logits"] = config["vocab_size"]
+        sizes = Sizes.of(AutoConfig.from_pretrained(place))
+        heads, shared = (sizes.head_dim * count for count in (sizes.heads, sizes.kv_heads))
+        inner = {"q": heads, "k": shared, "v": shared, "attn_z": heads, "mlp_act": 128}
+        widths = {**inner, "logits": sizes.vocab}
 
         def steering(number: int, site: str, widths: dict[str, int] = widths, **more: Any) -> Steering:
             width = widths.get(site.rpartition(".")[2], WIDTH)
@@ -540,7 +548,8 @@ def sites_group(folder: Path, engines: tuple[tuple[str, str], ...]) -> Group:
 
 @pytest.mark.parametrize("kind", ["eager", pytest.param("compiled", marks=pytest.mark.full)])
 def test_every_site_is_steered_and_recorded_as_in_the_reference(kind: str, tmp_path: Path) -> None:
-    families = ("qwen3", "gemma2")  # the head of the second is its embedding: one tensor in two places
+    # the head of the second is its embedding: one tensor in two places; the others are fused where they are compiled
+    families = ("qwen3", "gemma2") if kind == "eager" else ("qwen3", "gemma2", "gpt2", "olmo2")
     group = sites_group(tmp_path, tuple((family, kind) for family in families))
     for family in families:
         check_sites(group, f"{family}-{kind}")
@@ -562,7 +571,8 @@ def check_sites(group: Group, name: str) -> None:
         plain = len(asked) - 2 + (len(asked) - 2 + number) % 2
         assert asked[plain].prompt == one.prompt
         moved = (rows[f"{number}/logits"][0] - rows[f"{plain}/logits"][0]).norm() / rows[f"{plain}/logits"][0].norm()
-        assert float(moved) > 50 * BOUND, site
+        # one shift of every key leaves all attention weights as they are, where keys do not turn with their positions
+        assert float(moved) > 50 * BOUND or (site, name) == ("layers.1.k", "gpt2-compiled"), site
 
 
 STATED = [*((name, "float32", "eager") for name in MODELS), ("testbed", "bfloat16", "eager")]

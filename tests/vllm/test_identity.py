@@ -140,12 +140,6 @@ def check_identity(
     return stock
 
 
-def check_among_themselves(model: str, folder: Path, sites: list[str]) -> None:
-    """Nobody changes the bits of another: what nothing steers is what it is where nobody is steered."""
-    found = engine.call(run, model, ["compiled"], KINDS, "bfloat16", sites, cwd=folder)
-    check_bits({kind: found[f"compiled/{kind}"] for kind in KINDS}, found["compiled/idle"], "compiled")
-
-
 def check_bits(found: dict[str, list[str]], wanted: list[str], mode: str) -> None:
     """Who is not steered, or steered to no effect, has the wanted digest; nobody else has any of them."""
     assert found["idle"] == wanted, mode
@@ -196,30 +190,32 @@ def test_whom_nothing_steers_gets_the_bits_of_stock_vllm_inside_blocks_and_at_th
 
 
 @pytest.mark.full
-def test_what_enters_the_first_block_is_not_stocks_to_the_bit_where_it_can_be_steered_compiled_in_16_bits(
-    tmp_path: Path,
-) -> None:
-    # torch.compile fuses the lookup of embeddings with what reads them, where nothing has to stand between the two
-    model = engine.save("qwen3", tmp_path / "model", layers=4, width=WIDTH, head=64)
-    check_identity(model, tmp_path, ["eager"], sites=BEGINNINGS)
-    check_identity(model, tmp_path, ["compiled"], "float32", sites=BEGINNINGS)
-    check_among_themselves(model, tmp_path, BEGINNINGS)
-
-
-@pytest.mark.full
 def test_whom_nothing_steers_gets_the_bits_of_stock_vllm_in_llama(tmp_path: Path) -> None:
     model = engine.save("llama", tmp_path / "model", layers=4, width=WIDTH, head=64)
     check_identity(model, tmp_path, ["eager", "compiled"])
 
 
 @pytest.mark.full
-def test_norms_behind_branches_are_rounded_to_16_bits_once_more_when_compiled(tmp_path: Path) -> None:
-    # Stock vLLM fuses that norm, the addition and the next norm, and keeps what is between them in float32; a state
-    # that can be steered and recorded is a tensor of the model's dtype, as it is in an eager engine.
-    model = engine.save("gemma3", tmp_path / "model", layers=4, width=WIDTH, head=64)
-    check_identity(model, tmp_path, ["eager"])
-    check_identity(model, tmp_path, ["compiled"], "float32")
-    check_among_themselves(model, tmp_path, SITES)
+@pytest.mark.parametrize(
+    ("family", "modes", "sites"),
+    [
+        # the lookup of embeddings is fused with what reads them, in GPT-2 with that of positions too
+        ("qwen3", ["eager", "compiled"], BEGINNINGS),
+        ("gpt2", ["compiled"], SITES),
+        ("gpt2", ["compiled"], BEGINNINGS),
+        # norms behind branches are fused with the addition and the next norm, and nothing between is rounded
+        ("gemma3", ["eager", "compiled"], SITES),
+        ("gemma3", ["compiled"], [*BEGINNINGS, "layers.*.resid_mid", "layers.*.mlp_out"]),
+        ("gemma2", ["compiled"], SITES),
+        ("olmo2", ["compiled"], SITES),
+    ],
+    ids=lambda given: "-".join(given).replace("layers.*.", "") if isinstance(given, list) else given,
+)
+def test_whom_nothing_steers_gets_the_bits_of_stock_vllm_where_it_fuses_what_is_steered(
+    family: str, modes: list[str], sites: list[str], tmp_path: Path
+) -> None:
+    model = engine.save(family, tmp_path / "model", layers=4, width=WIDTH, head=64)
+    check_identity(model, tmp_path, modes, sites=sites)
 
 
 def corrections(model: str, modes: list[str]) -> dict[str, Any]:

@@ -189,8 +189,9 @@ class Vllm:
     """Whether a layer's MLP is a mixture of experts."""
     absent: Mapping[str, str] = field(default_factory=dict, hash=False)
     """Point -> why vLLM's form does not have it, where `block` does not tell."""
-    embed_enters: bool = True
-    """The first block receives `embed`, scaled as it is; False: something is added between (GPT-2's positions)."""
+    positions: str | None = None
+    """The module, beside the embedding, whose positions are added before the first block (GPT-2); None: that receives
+    `embed`, scaled as it is."""
     added_after: Callable[[Config], int] = _nothing_added
     """How many first blocks are followed by an addition to the stream (Qwen3-VL's visual features); called with the
     top configuration."""

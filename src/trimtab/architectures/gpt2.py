@@ -40,6 +40,6 @@ FAMILY = Family(
     disk=lambda config: Disk(
         prefix="transformer.", layers=_LAYERS, embed="wte.weight", final_norm="ln_f.weight", transposed=True
     ),
-    vllm=Vllm(architectures=("GPT2LMHeadModel",), layers="transformer.h", returns_residual=False, embed_enters=False),
+    vllm=Vllm(architectures=("GPT2LMHeadModel",), layers="transformer.h", returns_residual=False, positions="wpe"),
     note="learned positions are added after embed, so layers.0.resid_pre differs from embed",
 )

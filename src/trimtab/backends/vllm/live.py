@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -135,6 +135,8 @@ class LiveTap:
         self._stream = residual
         self._recorder = recorder
         self._doses = doses
+        self.beside: Callable[[Tensor | None], Tensor | None] | None = None
+        """Gives `changes`, where the tap's tensor is not stored."""
         self._number, self._own = step.join(stage.site for stage in stages)
 
     @property
@@ -157,6 +159,17 @@ class LiveTap:
         kernel.enroll(name, handles, tables, self._stream, place)
         step.native = True
         weakref.finalize(self, kernel.leave, name)
+
+    def changes(self, x: Tensor | None) -> Tensor | None:
+        """Return the elements that it changes, where its tensor is not stored: [rows, width], NaN for the others.
+
+        None: it has nothing to do in this pass.
+
+        Args:
+            x: what enters its module; None: that was made before the graph runs.
+        """
+        assert self.beside is not None
+        return self.beside(x)
 
     def __call__(self, x: Tensor, before: Tensor | None = None) -> None:
         """Record and change the tracked rows of `x` [rows, width], in place.

@@ -1,10 +1,16 @@
-"""The one operator that the model's graph sees: `trimtab::site_(x, tap, before)`, opaque, in place.
+"""The operators that the model's graph sees, opaque.
 
-torch.compile keeps stock's fusions around it, because it reads and writes only tensors that stock stores anyway; what
-it does is looked up by the name of the tap when it runs. Without rows to change or record it returns at once. On the
-CPU, where the kernel could be built, `site_` runs in it, and `live_` is how it asks for Python.
+`trimtab::site_(x, tap, before)` works in place. torch.compile keeps stock's fusions around it, because it reads and
+writes only tensors that stock stores anyway; what it does is looked up by the name of the tap when it runs. Without
+rows to change or record it returns at once. On the CPU, where the kernel could be built, `site_` runs in it, and
+`live_` is how it asks for Python.
 
-Compiled for the CPU, a graph calls it only while the requests of some engine of the process have something to do; and
+The others are for tensors that stock never stores, but computes, unrounded, where they are read (`fused`). Two return
+the elements that a tap changes, NaN for the others: `trimtab::changed(x, tap)` of what a module makes of `x`, and
+`trimtab::entered(shape, dtype, device, tap)` of what enters the first block. `trimtab::looked_up(ids, table)` returns
+rows of a table.
+
+Compiled for the CPU, a graph calls `site_` only while the requests of some engine of the process have something to do; and
 one tap fewer for each block: what would only add its branch to the stream joins the next tap, as `before`.
 """
 
@@ -12,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +26,7 @@ from torch import Tensor
 from torch._inductor import config
 from torch._inductor.custom_graph_pass import get_custom_graph_passes
 from torch.library import Library
+from torch.nn.functional import embedding
 
 from trimtab.backends.vllm.joining import Joining
 from trimtab.backends.vllm.kernels import native
@@ -38,6 +45,9 @@ class Live(Protocol):
     def enrolled(self, name: str) -> None:
         """Learn the name by which graphs find it."""
 
+    def changes(self, x: Tensor | None) -> Tensor | None:
+        """Return the elements that it changes, [rows, width], NaN for the others; `x` is what enters its module."""
+
 
 _library = Library("trimtab", "FRAGMENT")  # type: ignore[no-untyped-call]
 _live: weakref.WeakValueDictionary[str, Live] = weakref.WeakValueDictionary()
@@ -49,17 +59,46 @@ def _site(x: Tensor, tap: str, before: Tensor | None = None) -> None:
         found(x, before)
 
 
+def _changed(x: Tensor, tap: str) -> Tensor:
+    return _changes(torch.full(x.shape, torch.nan, dtype=x.dtype, device=x.device), tap, x)
+
+
+def _entered(shape: Sequence[int], dtype: torch.dtype, device: torch.device, tap: str) -> Tensor:
+    return _changes(torch.full(shape, torch.nan, dtype=dtype, device=device), tap)
+
+
+def _changes(out: Tensor, tap: str, x: Tensor | None = None) -> Tensor:
+    found = _live.get(tap)
+    rows = found.changes(x) if found is not None else None
+    if rows is not None:
+        out.view(-1, out.shape[-1])[: len(rows)] = rows
+    return out
+
+
 _library.define("site_(Tensor(a!) x, str tap, Tensor? before=None) -> ()")  # type: ignore[no-untyped-call]
 _library.define("live_(Tensor(a!) x, str tap, Tensor? before=None) -> ()")  # type: ignore[no-untyped-call]
 _library.impl("live_", _site, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("site_", _site, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 _library.impl("site_", lambda x, tap, before=None: None, "Meta")  # type: ignore[no-untyped-call]
 
-site_ = torch.ops.trimtab.site_.default
+_library.define("changed(Tensor x, str tap) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("changed", _changed, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("changed", lambda x, tap: x.new_empty(x.shape), "Meta")  # type: ignore[no-untyped-call]
+_library.define("entered(SymInt[] shape, ScalarType dtype, Device device, str tap) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("entered", _entered, "BackendSelect")  # type: ignore[no-untyped-call]
+torch.library.register_fake(
+    "trimtab::entered", lambda shape, dtype, device, tap: torch.empty(shape, dtype=dtype, device=device), lib=_library
+)
+_library.define("looked_up(Tensor ids, Tensor table) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("looked_up", lambda ids, table: embedding(ids, table), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+_library.impl("looked_up", lambda ids, table: table.new_empty((*ids.shape, table.shape[1])), "Meta")  # type: ignore[no-untyped-call]
+
+site_, looked_up = torch.ops.trimtab.site_.default, torch.ops.trimtab.looked_up.default
+changed, entered = torch.ops.trimtab.changed.default, torch.ops.trimtab.entered.default
 passes: dict[int, None] = {}
 """Tables (`Step`) of which a pass runs that has something to do, or passes like it are to come; by identity."""
-CALLED = "while passes, branches joined"
-"""How compiled graphs call the operator; a part of what names them in caches."""
+CALLED = "while passes, branches joined, fused corrected"
+"""How compiled graphs call the operators; a part of what names them in caches."""
 
 
 def __getattr__(name: str) -> Any:

@@ -126,8 +126,9 @@ def _steer_worker(worker: Any) -> None:
 
     @telling()
     def load_model(*args: Any, **kwargs: Any) -> Any:
-        from trimtab.backends.vllm.worker import SteeredWorker
+        from trimtab.backends.vllm.worker import SteeredWorker, prepare
 
+        prepare(worker.vllm_config, config)
         loaded = load(*args, **kwargs)
         worker.trimtab = SteeredWorker(worker, config).rpc
         return loaded

@@ -187,7 +187,11 @@ class WorkerState:
         self.bound: dict[str, Bound] = {}
         self._known: dict[str, _Known] = {}
         self.embed: Callable[[Tensor], Tensor] | None = None
-        """Gives what enters the first block, where no tap takes it up."""
+        """Gives what is embedded, where that is taken up outside the graph."""
+        self.enter: Callable[[Tensor], Tensor] | None = None
+        """Gives what enters the first block, of what is embedded, where that is more than the same."""
+        self.positions: Tensor | None = None
+        """Of the rows of this pass."""
         self.table: Callable[[], Tensor] | None = None
         """Gives the table that it is looked up in, where it is nothing but that."""
         self._left: OrderedDict[str, list[Left]] = OrderedDict()
@@ -200,6 +204,11 @@ class WorkerState:
     def dropped(self) -> int:
         """Results that were dropped because nobody collected them."""
         return self._dropped
+
+    @property
+    def begins(self) -> bool:
+        """Whether something is taken up outside the graph when a pass begins."""
+        return self.residual is not None or self.embed is not None
 
     @property
     def nbytes(self) -> int:
@@ -341,7 +350,7 @@ class WorkerState:
 
     def begin_stream(self, token_ids: Tensor | None, embeds: Tensor | None, intermediate: Any) -> None:
         """Begin the stream of a pass that `Step.goes_on` began, where the kernel does not (`Step.table`)."""
-        if self.residual is None:
+        if not self.begins:
             return
         if self.table is not None and embeds is None and token_ids is not None and self.step.native:
             self.step.embed(token_ids, self.table())
@@ -351,8 +360,12 @@ class WorkerState:
             self.step.embed(None, None)
             embeds = self.embed(token_ids[:count]) if embeds is None and token_ids is not None else embeds
             assert embeds is not None
-            self.residual[:count].copy_(embeds[:count])
-        if self.map.first_layer_has_residual and intermediate is not None:
+            rows = embeds[:count]
+            if self.enter is not None:
+                rows = self.enter(rows)
+            if self.residual is not None:
+                self.residual[:count].copy_(rows)
+        if self.residual is not None and self.map.first_layer_has_residual and intermediate is not None:
             tensors: dict[str, Tensor] = getattr(intermediate, "tensors", intermediate)
             arrived = tensors["hidden_states"][:count]
             if "residual" in tensors:

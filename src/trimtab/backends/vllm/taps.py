@@ -17,11 +17,13 @@ from torch import nn
 
 from trimtab.architectures import FAMILIES, BlockPaths, Family, Sizes
 from trimtab.errors import BackendError, SiteError
-from trimtab.sites import GLOBAL_POINTS, LAYER_POINTS, Site, nearest
+from trimtab.sites import GLOBAL_POINTS, LAYER_POINTS, Site, SitePattern, nearest
 
 _MISSING = ("PPMissingLayer", "StageMissingLayer")
 _DRAFT = re.compile(r"^P?Eagle(?!2_5)|MTP(Model)?$|DFlash|DSpark|LiLiCorr|Medusa|Speculator|ExtractHiddenStates")
 _MULTIMODAL = ("", "language_model.")
+_BEHIND = ("attn_out", "resid_mid", "mlp_out", "resid_post")
+"""Points behind a norm that follows a branch."""
 _PARALLEL = "its attention and MLP read the same input (parallel block); use attn_out, mlp_out or resid_post"
 _EXPERTS = "its MLP is a mixture of experts, which has no one row of neurons per token; use mlp_raw or mlp_out"
 _LINEAR = "it mixes tokens by linear attention, without softmax heads; use attn_raw or attn_out"
@@ -61,6 +63,9 @@ class Tap:
     """Position and name of an input tap's tensor among the parameters of the module's forward."""
     projected: bool = False
     """x is what a projection returns: a tensor of its own in every compiled graph."""
+    fused: Literal["norm", "embed"] | None = None
+    """In a graph that is compiled for the CPU x is no tensor, but computed where it is read: it is what a norm behind a
+    branch returns, or what is embedded, on its way to the first block."""
 
     @property
     def joins(self) -> bool:
@@ -83,6 +88,10 @@ class VllmMap:
     sites_widths: Mapping[Site, int] = field(repr=False)
     absent: Mapping[Site, str] = field(repr=False)
     """Why a site that other models have is missing here."""
+    embed: str = ""
+    """Path of the embedding."""
+    positions: str | None = None
+    """Path of the module whose positions are added to what is embedded, before the first block."""
     every_tap: tuple[Tap, ...] = field(repr=False)
     """All taps of this stage with all their sites, in the order of a forward pass."""
 
@@ -146,6 +155,24 @@ def is_draft(model: nn.Module) -> bool:
     return any(_DRAFT.search(base.__name__) for base in type(model).__mro__)
 
 
+def fuses(config: Any, patterns: Iterable[str]) -> bool:
+    """Whether some patterns need taps of fused tensors; asked before there is a model to describe.
+
+    Args:
+        config: the model's transformers configuration.
+        patterns: of sites.
+
+    Raises:
+        SiteError: what is no pattern.
+    """
+    text = config.get_text_config()
+    family = FAMILIES.get(text.model_type)
+    if family is None or (family.vllm.block or family.block)(text).attn_out is None:
+        return False
+    parsed = [SitePattern.parse(one) for one in patterns]
+    return any(one.point in _BEHIND or (one.point == "resid_pre" and one.ranges != ((0, 0),)) for one in parsed)
+
+
 def describe(model: nn.Module, config: Any) -> VllmMap:
     """Find the sites of a model that vLLM has loaded.
 
@@ -185,6 +212,7 @@ class _Builder:
         self.paths: BlockPaths = (family.vllm.block or family.block)(text)
         self.added_after = family.vllm.added_after(config)
         self.blocks_path, self.blocks = self._find_blocks()
+        self.root = self.blocks_path.rpartition(".")[0]
         self.num_layers = len(self.blocks)
         held = [index for index, block in enumerate(self.blocks) if type(block).__name__ not in _MISSING]
         self.layers = range(held[0], held[-1] + 1) if held else range(0)
@@ -201,6 +229,8 @@ class _Builder:
             first_layer_has_residual=self.layers.start > 0,
             sites_widths=widths,
             absent=absent,
+            embed=f"{self.root}.{self.family.embed}",
+            positions=f"{self.root}.{self.form.positions}" if self.form.positions else None,
             every_tap=tuple(tap for tap in taps if tap.stages),
         )
 
@@ -278,14 +308,14 @@ class _Builder:
         return 4 * self.sizes.hidden
 
     def _taps(self, widths: Mapping[Site, int]) -> Iterator[Tap]:
-        root = self.blocks_path.rpartition(".")[0]
         first, last = 0 in self.layers, self.num_layers - 1 in self.layers
-        if first and not self.form.embed_enters:
-            yield self._output("embed", f"{root}.{self.family.embed}", [Stage(Site("embed"))])
+        if first and self.form.positions:
+            embed = self._output("embed", f"{self.root}.{self.family.embed}", [Stage(Site("embed"))])
+            yield replace(embed, fused="embed")
         for layer in self.layers:
             yield from self._layer(layer, f"{self.blocks_path}.{layer}", widths)
         if last:
-            norm = self._output("final_norm", f"{root}.{self.family.final_norm}", [Stage(Site("final_norm"))])
+            norm = self._output("final_norm", f"{self.root}.{self.family.final_norm}", [Stage(Site("final_norm"))])
             yield replace(norm, element=0 if self.form.returns_residual else None)
 
     def _layer(self, layer: int, path: str, widths: Mapping[Site, int]) -> Iterator[Tap]:
@@ -309,9 +339,9 @@ class _Builder:
         """What a block receives, where that is no block's last branch."""
         pre = self._site("resid_pre", layer)
         if layer == 0:
-            stages = (*((Stage(Site("embed")),) if self.form.embed_enters else ()), Stage(pre))
+            stages = (*(() if self.form.positions else (Stage(Site("embed")),)), Stage(pre))
             tap = self._input(f"layers.{layer}.in", path, pre, name="hidden_states")
-            yield replace(tap, stages=stages, after="set")
+            yield replace(tap, stages=stages, after="set", fused="embed")
         elif layer <= self.added_after:
             tap = self._input(f"layers.{layer}.in", path, pre, name="hidden_states")
             yield replace(tap, stages=(Stage(pre, True),), after="add")
@@ -334,7 +364,7 @@ class _Builder:
             yield replace(tap, element=element, after=after, projected=element is None)
         else:
             yield replace(self._output(label, f"{path}.{raw}", start), element=element)
-            yield replace(self._output(f"{label}_norm", f"{path}.{out}", end), after=after)
+            yield replace(self._output(f"{label}_norm", f"{path}.{out}", end), after=after, fused="norm")
 
     def _heads(self, layer: int, attn: str, widths: Mapping[Site, int]) -> Iterator[Tap]:
         """q, k, v and what enters the output projection."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from trimtab._base.log import get_logger
-from trimtab.backends.vllm import answers, op, taps
+from trimtab.backends.vllm import answers, fused, op, taps
 from trimtab.backends.vllm.config import KEY, PluginConfig
 from trimtab.backends.vllm.live import LiveTap, stages_of
 from trimtab.backends.vllm.runners import adapter
@@ -20,7 +19,6 @@ from trimtab.backends.vllm.state import WorkerState
 from trimtab.errors import BackendError
 
 _log = get_logger(__name__)
-_PROBED = 64
 
 
 class SteeredWorker:
@@ -56,7 +54,9 @@ class SteeredWorker:
             graphs=device.type != "cpu" and not vllm_config.model_config.enforce_eager,
         )
         op.adapt()
-        self.taps = install(model, self.state)
+        compiled = device.type == "cpu" and not vllm_config.model_config.enforce_eager
+        embeds = runner.supports_mm_inputs or vllm_config.model_config.enable_prompt_embeds
+        self.taps = install(model, self.state, compiled=compiled, embeds=embeds)
         _mark_graphs(vllm_config, self.taps)
         self.rank = worker.rank
         parallel = vllm_config.parallel_config
@@ -80,26 +80,89 @@ class SteeredWorker:
         return answers.answer(self, verb, bytes(payload))
 
 
-def install(model: nn.Module, state: WorkerState) -> list[LiveTap]:
-    """Put the taps of a state into a model: each tapped module becomes an instance of a subclass of its own class."""
+def prepare(vllm_config: Any, config: PluginConfig) -> None:
+    """Set how the model will be compiled; called before vLLM makes it.
+
+    Raises:
+        SiteError: what is no site pattern.
+    """
+    cpu = vllm_config.device_config.device_type == "cpu"
+    if cpu and taps.fuses(vllm_config.model_config.hf_config, (*config.sites, *config.capture_sites)):
+        vllm_config.compilation_config.inductor_compile_config.update(fused.READS)
+
+
+def install(model: nn.Module, state: WorkerState, *, compiled: bool = False, embeds: bool = False) -> list[LiveTap]:
+    """Put the taps of a state into a model: each tapped module becomes an instance of a subclass of its own class.
+
+    Args:
+        model: what the runner holds.
+        state: what the taps act on.
+        compiled: whether the model is compiled for the CPU, so that taps of fused tensors must not store them.
+        embeds: whether the model is given what is embedded, as a tensor.
+
+    Returns:
+        The taps.
+    """
     live: list[LiveTap] = []
     by_module: dict[str, list[tuple[taps.Tap, str]]] = {}
+    outside, entering = False, dict[str, LiveTap]()
     for tap in state.map.taps(state.recorded):
-        if not tap.stages and tap.after == "set" and not any(other.name == "embed" for other in state.map.every_tap):
-            # an operator here would part what torch.compile fuses, embedding and first norm, and move roundings;
-            # the stream is begun outside the graph instead
-            embed: Any = model.embed_input_ids
-            state.embed, state.table = embed, _table(model)
-            continue
+        module, begins = model.get_submodule(tap.module_path), False
+        if tap.fused == "embed" and ((compiled and not embeds) or not (tap.stages or state.map.positions)):
+            outside = begins = True
+            if not tap.stages:
+                continue  # it only begins the stream
         one = LiveTap(
             tap, stages_of(tap, state.banks, state.residual), state.step, state.residual, state.recorder, state.doses
         )
         live.append(one)
-        by_module.setdefault(tap.module_path, []).append((tap, op.enroll(tap.name, one)))
+        name = op.enroll(tap.name, one)
+        if begins:
+            entering[tap.side] = one
+        elif compiled and tap.fused == "norm":
+            fused.correct_norm(module, one, name, state.step)
+        else:
+            by_module.setdefault(tap.module_path, []).append((tap, name))
+    if outside:
+        _begin_outside(model, state, entering)
     for path, listed in by_module.items():
         module = model.get_submodule(path)
-        module.__class__ = _tapped(type(module), listed)
+        module.__class__ = _tapped(module, listed)
     return live
+
+
+def _begin_outside(model: Any, state: WorkerState, entering: Mapping[str, LiveTap]) -> None:
+    """Have what enters the first block taken up before the graph runs.
+
+    An operator there would part what torch.compile fuses, embedding and first norm, and move roundings.
+
+    Args:
+        model: what the runner holds.
+        state: what begins each pass.
+        entering: "output" and "input" -> the tap of what is embedded, and of what enters the first block.
+    """
+    state.embed, table = model.embed_input_ids, model.get_submodule(state.map.embed)
+    positions = None
+    if state.map.positions is not None:
+        positions = partial(_positions, state, model.get_submodule(state.map.positions))
+    elif not entering and fused.is_table(table, model.embed_input_ids):
+        held: dict[str, Any] = table._parameters  # looked at in every pass, where getattr of a module takes longer
+        state.table = partial(held.__getitem__, "weight")
+    names = {side: op.name_of(one) for side, one in entering.items()}
+    state.enter = entry = fused.Entry(names, positions) if names or positions else None
+    if entry is not None and entering:
+        (first,) = (tap for tap in state.map.every_tap if tap.fused == "embed" and tap.argument is not None)
+        block, argument = model.get_submodule(first.module_path), first.argument
+        assert argument is not None
+        side = next(iter(names))
+        fused.look_up(table)
+        fused.correct_entry(block, argument, entering[side], entry, names[side])
+
+
+def _positions(state: WorkerState, embedded: nn.Module) -> Tensor:
+    assert state.positions is not None
+    found: Tensor = embedded(state.positions)
+    return found
 
 
 def _mark_graphs(config: Any, live: Sequence[LiveTap]) -> None:
@@ -117,26 +180,10 @@ def _mark_graphs(config: Any, live: Sequence[LiveTap]) -> None:
         additional[f"{KEY}_graph"] = hashlib.sha256(repr((op.CALLED, taps)).encode()).hexdigest()
 
 
-def _table(model: nn.Module) -> Callable[[], Tensor] | None:
-    """Return what gives the table of embeddings, where looking tokens up in it gives the bits that the model takes."""
-    embed: Any = model.embed_input_ids
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if "Embedding" in type(module).__name__ and isinstance(weight, Tensor) and weight.dim() == 2:
-            if getattr(module, "tp_size", 1) > 1:
-                return None  # each rank holds a part of the table
-            ids = torch.arange(min(_PROBED, len(weight)), device=weight.device)
-            with torch.inference_mode():
-                same = weight.is_contiguous() and torch.equal(embed(ids), nn.functional.embedding(ids, weight))
-            held: dict[str, Any] = module._parameters  # looked at in every pass, where getattr of a module takes longer
-            return partial(held.__getitem__, "weight") if same else None
-    return None
-
-
-def _tapped(cls: type[nn.Module], listed: Sequence[tuple[taps.Tap, str]]) -> type[nn.Module]:
+def _tapped(module: nn.Module, listed: Sequence[tuple[taps.Tap, str]]) -> type[nn.Module]:
     inputs = [(name, *tap.argument) for tap, name in listed if tap.side == "input" and tap.argument is not None]
     outputs = [(name, tap.element) for tap, name in listed if tap.side == "output"]
-    stock = cls.forward
+    stock = fused.taken_over(module)
     site_ = op.site_
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -147,8 +194,7 @@ def _tapped(cls: type[nn.Module], listed: Sequence[tuple[taps.Tap, str]]) -> typ
             site_(out if element is None else out[element], name)
         return out
 
-    forward.__signature__ = inspect.signature(stock)  # type: ignore[attr-defined]
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
+    return fused.subclass(type(module), forward, stock)
 
 
 def _refuse(config: Any) -> None:

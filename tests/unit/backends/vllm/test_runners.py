@@ -120,7 +120,15 @@ def state_of(step: Step, **settings: Any) -> Any:
         "release": lambda req_id: bound.pop(req_id, None),
         "config": SimpleNamespace(keys_per_steering=1),
     }
-    usual |= {"graphs": False, "recorded": (), "banks": {}, "nonfinite_logits": None, "residual": None, "table": None}
+    usual |= {
+        "graphs": False,
+        "recorded": (),
+        "banks": {},
+        "nonfinite_logits": None,
+        "residual": None,
+        "begins": False,
+        "table": None,
+    }
     return SimpleNamespace(step=step, bound=bound, **usual | settings)
 
 
@@ -226,7 +234,7 @@ class Going:
         self.runner.step, self.stock = self.step, self.runner._model_forward
         self.begun, self.streams, self.computed = 0, 0, 1
         self.table = TABLE
-        usual = {"residual": TABLE, "table": lambda: self.table, "begin_stream": self.stream}
+        usual = {"residual": TABLE, "begins": True, "table": lambda: self.table, "begin_stream": self.stream}
         self.state = state_of(self.step, begin=self.begin, **usual | settings)
         self.runner.input_batch.req_ids = ["a"]
         RunnerV1(self.runner).install(self.state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -187,6 +187,17 @@ def test_places_and_slots_come_back_and_equal_steerings_share_one() -> None:
     found = state.collect([f"a{number}" for number in range(30)])
     assert [doses(one[0])[0].rows for one in found.values()] == [2] * 30
     assert [found[f"a{number}"][0].digest for number in range(30)] == [add(number % 2).digest for number in range(30)]
+
+
+def test_a_module_whose_forward_is_bound_to_it_is_tapped_too() -> None:
+    state, model = worker(), Model()
+    first = model.layers[0]
+    first.forward = MethodType(lambda self, x: x + 1, first)
+    live = install(model, state)
+    bind(state, "r", add(1))
+    out = run(state, model, ["r"], [2], [0])
+    torch.testing.assert_close(out, torch.arange(2 * WIDTH).reshape(2, WIDTH).float() + 1 + vector(1))
+    assert [one.calls for one in live] == [1, 0]
 
 
 def test_a_slot_that_is_taken_over_steers_by_its_new_owner_alone() -> None:

@@ -135,7 +135,7 @@ class RunnerV1:
             inputs_embeds: Tensor | None = None,
             **kwargs: Any,
         ) -> Any:
-            self._sampled = True
+            self._sampled, state.positions = True, positions
             plan = self._planned  # it has what `_batch` has, in lists: most passes are like the one before
             if not step.goes_on(
                 runner.input_batch.req_ids,
@@ -158,7 +158,7 @@ class RunnerV1:
             if step.prompt_logits and isinstance(hidden, Tensor):  # the last pipeline stage
                 sampled.prompt(hidden, compute_logits)
             if step.quiet and inputs_embeds is None and LOGITS not in state.recorded:
-                self._quiet = state.residual is None or step.table is not None
+                self._quiet = not state.begins or step.table is not None
                 passes.take(not self._quiet)
             return hidden
 
