@@ -10,8 +10,8 @@ the elements that a tap changes, NaN for the others: `trimtab::changed(x, tap)` 
 `trimtab::entered(shape, dtype, device, tap)` of what enters the first block. `trimtab::looked_up(ids, table)` returns
 rows of a table.
 
-Compiled for the CPU, a graph calls `site_` only while the requests of some engine of the process have something to do; and
-one tap fewer for each block: what would only add its branch to the stream joins the next tap, as `before`.
+Compiled for the CPU, a graph calls `site_` only while the requests of some engine of the process have something to do;
+and one tap fewer for each block: what would only add its branch to the stream joins the next tap, as `before`.
 """
 
 from __future__ import annotations
