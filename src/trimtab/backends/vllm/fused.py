@@ -76,7 +76,7 @@ class Entry:
             added = self._positions()[: len(rows)]
             stock, rows = stock + added, rows + added
         rows = self._acted("input", rows)
-        self._changes = torch.where(rows == stock, torch.nan, rows)
+        self._changes = torch.where(rows == stock, torch.nan, rows) if self._acting else None
         return rows
 
     def changes(self, _: Tensor | None = None) -> Tensor | None:

@@ -69,7 +69,7 @@ class Part(msgspec.Struct, frozen=True, gc=False):
 
 def merged(parts: Sequence[Part], widths: Mapping[Site, int]) -> Report:
     """Return one request as all workers saw it; replicated ranks agree, and the first one is kept."""
-    first = parts[0].result
+    first, ops = parts[0].result, _counted(parts)
     return Report(
         first.label,
         first.req_id,
@@ -77,8 +77,8 @@ def merged(parts: Sequence[Part], widths: Mapping[Site, int]) -> Report:
         first.prompt_length,
         first.rows,
         first.cached,
-        first.problems if len(parts) == 1 else _problems(parts),
-        _counted(parts),
+        (first.problems if len(parts) == 1 else _problems(parts)) + passed_by(ops),
+        ops,
         _captured(parts, widths),
         _full(parts),
         any([part.result.nonfinite_logits for part in parts]),
@@ -87,6 +87,17 @@ def merged(parts: Sequence[Part], widths: Mapping[Site, int]) -> Report:
 
 def _problems(parts: Sequence[Part]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(chain.from_iterable(part.result.problems for part in parts)))
+
+
+def passed_by(ops: OpReports) -> tuple[str, ...]:
+    """Return the ops that acted on fewer rows than their positions select; logits are drawn from some rows only."""
+    if not (ops.values[:, 0] < ops.values[:, 3]).any():
+        return ()
+    return tuple(
+        f"{one.op} at {one.site} acted on {one.rows} rows of the {one.selected} that its positions select"
+        for one in ops
+        if one.selected is not None and one.rows < one.selected and one.site != "logits"
+    )
 
 
 def _counted(parts: Sequence[Part]) -> OpReports:

@@ -202,11 +202,6 @@ def _dose(job: Job, one: OpReport, writer: Writer | None, config: str, allow_unf
             f"request {job.name!r}: {one.site}: {one.op} made {one.nonfinite} rows non-finite in the model's dtype and "
             "they were held in its range; lower the strength or use a model dtype of wider range"
         )
-    if one.selected is not None and one.rows < one.selected and site.point != "logits":
-        raise NotAppliedError(
-            f"request {job.name!r}: {one.op} at {one.site} was applied to {one.rows} rows of the {one.selected} that "
-            "its positions select: the engine ran rows past its taps"
-        )
     if one.rows == 0:
         reason = "cached" if _all_cached(job, step.positions) else step.positions.unfired_reason(job.length, job.rows)
         if reason != "cached" and not allow_unfired:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
@@ -468,10 +468,21 @@ class WorkerState:
             # where a neighbour in the batch wants both states of a site, both are taken
             held = self.recorder.collect(one.req_id)
             left.captured = {key: rows for key, rows in held.items() if key[1] in one.edits}
+            left.problems += tuple(self._unrecorded(one, left.captured))
         if one.data.dose == "full":
             left.full = self.doses.collect(one.req_id)
         left.nonfinite_logits = one.data.check_logits and bool(self.nonfinite_logits[one.number])
         return left
+
+    def _unrecorded(self, one: Bound, captured: Iterable[tuple[Site, str]]) -> Iterator[str]:
+        """Yield the sites of this worker of which no row was recorded where some were selected."""
+        assert one.captured is not None
+        if one.captured.needs_tokens:
+            return
+        found = {site for site, _ in captured}
+        lacking = sorted(str(site) for site in one.capture_sites if site in self.tap_of and site not in found)
+        if lacking and bool(one.captured.mask(torch.arange(one.cached, one.done), one.prompt_length).any()):
+            yield from (f"no row of {site} was recorded, and the request selects some: no tap ran" for site in lacking)
 
     def _keep(self, left: Left) -> None:
         self._left.setdefault(left.label, []).append(left)

@@ -141,10 +141,13 @@ def test_a_tap_that_leaves_what_it_is_given_changes_no_bit(live: Doubling, step:
 
 
 @pytest.mark.parametrize("by_name", [True, False])
-def test_what_enters_a_block_is_corrected_in_one_pass_and_no_other(by_name: bool, live: Any) -> None:
+def test_what_enters_a_block_is_corrected_in_one_pass_and_no_other(by_name: bool, live: Any, step: Step) -> None:
     block, plain, entry = Block(), Block(), fused.Entry({"input": live.name}, None)
     fused.correct_entry(block, (0, "hidden_states"), live, entry, live.name)
     x, residual = drawn(ROWS, WIDTH, seed=2), drawn(ROWS, WIDTH, seed=3)
+    entry(x[:3])
+    assert torch.equal(block(x, residual), plain(x, residual)), "no pass is running"
+    step.active = True
     assert torch.equal(entry(x[:3]), x[:3] * torch.tensor([[1], [2], [1]]))
     again = x.clone()
     again[1] *= 2
@@ -160,8 +163,10 @@ def test_what_enters_a_block_is_corrected_in_one_pass_and_no_other(by_name: bool
 def test_what_is_embedded_is_changed_before_positions_are_added_and_what_enters_after(live: Any) -> None:
     embedded, positions = drawn(3, WIDTH, seed=2), drawn(ROWS, WIDTH, seed=3)
     added = positions[:3]
+    plain = fused.Entry({}, lambda: positions)
+    assert torch.equal(plain(embedded), embedded + added)
+    assert plain.changes() is None
     for acting, expected in {
-        (): embedded[1] + added[1],
         ("output",): 2 * embedded[1] + added[1],
         ("input",): 2 * (embedded[1] + added[1]),
         ("output", "input"): 2 * (2 * embedded[1] + added[1]),

@@ -13,7 +13,7 @@ from trimtab.backends import Capture, Request
 from trimtab.backends.base import EncodedPrompt
 from trimtab.backends.vllm import results
 from trimtab.backends.vllm.counts import OpReports
-from trimtab.backends.vllm.reports import CapturedRows, Report
+from trimtab.backends.vllm.reports import CapturedRows, Report, passed_by
 from trimtab.backends.vllm.results import Job
 from trimtab.errors import BackendError, NonFiniteError, NotAppliedError, UnfiredError
 from trimtab.sites import Site
@@ -46,14 +46,16 @@ def job(
     request = Request(prompt=PROMPT, max_new_tokens=3, steering=steering)
     made = Job("a", request, EncodedPrompt(ids=PROMPT, text=""), program)
     made.tokens = list(TOKENS)
-    ops = {} if counts is None else {"ops": OpReports(((str(POST), "0:add"),), np.array([counts]))}
+    did = OpReports((), np.empty((0, 4), dtype=np.int64))
+    if counts is not None:
+        did = OpReports(((str(POST), "0:add"),), np.array([counts]))
     rows = tuple(
         CapturedRows(site, edit, torch.zeros(len(where), 4), tuple(where), None, 0)
         for (site, edit), where in captured.items()
     )
     digest = None if steering is None else steering.digest
     given = {"label": "l", "request_id": "a", "digest": digest, "prompt_length": 3, "rows": 5, "cached": 0}
-    made.report = Report(**(given | {"captured": rows} | ops | report))
+    made.report = Report(**(given | {"captured": rows, "ops": did, "problems": passed_by(did)} | report))
     return made
 
 
@@ -62,6 +64,20 @@ def finish(made: Job, capture: Capture, *sites: Site) -> dict[tuple[str, str], l
     results.finish(made, sites, capture, writer, "", False, None)
     found: dict[tuple[str, str], list[int]] = writer.rows
     return found
+
+
+def test_ops_that_acted_on_fewer_rows_than_they_select_are_named() -> None:
+    values = {
+        ("layers.0.resid_post", "0:Add"): (3, 0, 0, 3),
+        ("layers.0.resid_post", "1:Cap"): (2, -1, 0, 3),
+        ("layers.1.attn_raw", "0:Add"): (0, 0, 0, 39),
+        ("layers.1.attn_raw", "1:Add"): (5, 0, 0, -1),  # tokens decide
+        ("logits", "0:Add"): (2, 0, 0, 7),  # of some rows only there are logits
+    }
+    assert passed_by(OpReports(tuple(values), np.array(list(values.values())))) == (
+        "1:Cap at layers.0.resid_post acted on 2 rows of the 3 that its positions select",
+        "0:Add at layers.1.attn_raw acted on 0 rows of the 39 that its positions select",
+    )
 
 
 def test_rows_beyond_the_end_are_left_out() -> None:

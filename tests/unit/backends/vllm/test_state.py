@@ -328,6 +328,20 @@ def test_a_request_gets_the_states_it_asked_for_whatever_its_neighbour_records()
         assert sorted(edit for _, edit in left.captured) == edits
 
 
+@pytest.mark.parametrize(("positions", "computed", "said"), [("all", 0, True), ("0:1", 1, False), ("5:", 0, False)])
+def test_a_site_of_which_nothing_was_recorded_is_named(positions: str, computed: int, said: bool) -> None:
+    state, model = steered()
+    model.layers = model.layers[:1]  # the second block never runs
+    sites = ("layers.0.resid_post", "layers.1.resid_post")
+    bind(state, "r", capture=CaptureSpec(sites=sites, positions=positions))
+    run(state, model, ["r"], [2], [computed])
+    state.release("r")
+    (left,) = state.collect(["r"])["r"]
+    assert [site for site, _ in left.captured] == ([POSTS[0]] if said else [])
+    named = "no row of layers.1.resid_post was recorded, and the request selects some: no tap ran"
+    assert left.problems == ((named,) if said else ())
+
+
 def outside(steering: Steering) -> tuple[WorkerState, Model]:
     state, model = steered()
     bind(state, "special", steering, dose="full")
