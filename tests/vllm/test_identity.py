@@ -104,7 +104,9 @@ def batch(kind: str, client: Any, sites: list[str]) -> list[Any]:
     return params
 
 
-def run(model: str, modes: list[str], kinds: list[str], dtype: str, sites: list[str]) -> dict[str, list[str]]:
+def run(
+    model: str, modes: list[str], kinds: list[str], dtype: str, sites: list[str], ranks: int = 1
+) -> dict[str, list[str]]:
     """Return digests of tokens and logits: mode/kind -> one per request."""
     found = {}
     for mode in modes:
@@ -114,6 +116,7 @@ def run(model: str, modes: list[str], kinds: list[str], dtype: str, sites: list[
             {"sites": sites, "max_steering": 16, "directions_per_op": 2} if steered else None,
             dtype=dtype,
             enforce_eager=mode == "eager",
+            tensor_parallel_size=ranks,
             **RAW,
         )
         client = engine.attached(llm) if steered else None
@@ -127,12 +130,13 @@ def run(model: str, modes: list[str], kinds: list[str], dtype: str, sites: list[
 
 
 def check_identity(
-    model: str, folder: Path, modes: list[str], dtype: str = "bfloat16", sites: list[str] = SITES
+    model: str, folder: Path, modes: list[str], dtype: str = "bfloat16", sites: list[str] = SITES, ranks: int = 1
 ) -> dict[str, list[str]]:
     """Return the digests of the stock engine."""
     # the stock engine does not even load the plugin
-    stock = engine.call(run, model, modes, ["stock"], dtype, sites, cwd=folder, VLLM_PLUGINS="none")
-    ours = engine.call(run, model, modes, KINDS, dtype, sites, cwd=folder)
+    apart = {} if ranks == 1 else {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, range(ranks)))}
+    stock = engine.call(run, model, modes, ["stock"], dtype, sites, ranks, cwd=folder, VLLM_PLUGINS="none", **apart)
+    ours = engine.call(run, model, modes, KINDS, dtype, sites, ranks, cwd=folder, **apart)
     for mode in modes:
         wanted = stock[f"{mode}/stock"]
         assert len(set(wanted)) == COUNT
@@ -216,6 +220,12 @@ def test_whom_nothing_steers_gets_the_bits_of_stock_vllm_where_it_fuses_what_is_
 ) -> None:
     model = engine.save(family, tmp_path / "model", layers=4, width=WIDTH, head=64)
     check_identity(model, tmp_path, modes, sites=sites)
+
+
+@pytest.mark.full
+def test_whom_nothing_steers_gets_the_bits_of_stock_vllm_on_two_ranks_with_taps_at_some_norms(tmp_path: Path) -> None:
+    model = engine.save("gemma3", tmp_path / "model", layers=4, width=WIDTH, head=64)
+    check_identity(model, tmp_path, ["compiled"], sites=["layers.*.mlp_out"], ranks=2)
 
 
 def corrections(model: str, modes: list[str]) -> dict[str, Any]:

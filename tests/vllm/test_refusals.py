@@ -10,7 +10,7 @@ Which test holds which known failure of systems that steer (stated as what must 
     batches with padding                                                 test_step (rows beyond the batch), test_bank
     a layer that runs before the worker is ready, or of a draft          engines start in every module; test_taps
     an assumed order of cached and new requests                          test_step (shuffled), test_rows (mixed)
-    unsteered requests changed, small vectors lost in 16 bits            test_identity, test_families (dtypes)
+    unsteered requests changed, small vectors lost in 16 bits            test_identity, test_ops (dtypes)
     unit vectors not checked, min above max, no-effect defaults          tests/unit/steering
     unknown ids end a clean-up, steerings kept for good                  test_state, test_many, here
     shared memory and results left behind                                test_many (nothing is shared), test_state
@@ -23,7 +23,7 @@ Which test holds which known failure of systems that steer (stated as what must 
     dots in 16 bits                                                      test_identity (math), test_bank
     vectors copied at every call                                         test_state (sent once), test_bank
     prompt + generated - 1 rows                                          test_rows
-    caps taken for floors                                                test_bank, test_families
+    caps taken for floors                                                test_bank, test_ops
     pickles of untrusted vectors                                         test_state (bytes that are no steering), here
 """
 

@@ -135,6 +135,8 @@ class Bound(msgspec.Struct, gc=False):
     """Rows computed before this pass."""
     cached: int = 0
     """Rows of the prompt that came from the prefix cache, and so were not computed."""
+    skipped: tuple[tuple[int, int], ...] = ()
+    """Rows that came from the prefix cache later, when it went on after it had been preempted: [first, last)."""
     first: bool = True
     alike_from: int = sys.maxsize
     """Position from which nothing of the request but the position changes from row to row, once `foresee` said so."""
@@ -160,6 +162,14 @@ class Bound(msgspec.Struct, gc=False):
         """Whether the ids of its rows decide which are chosen."""
         steered = self.table is not None and self.table.tail is None
         return steered or (self.captured is not None and self.captured.needs_tokens)
+
+    def selected(self) -> Ints | None:
+        """Return how many of its computed rows each key selects, int64 [K]; None when only their tokens tell."""
+        found = None if self.table is None else self.table.selected(self.cached, self.done)
+        for start, stop in self.skipped:
+            without = None if self.table is None else self.table.selected(start, stop)
+            found = None if found is None or without is None else found - without
+        return found
 
     def foresee(self) -> None:
         """Say from which position on its rows are alike."""

@@ -5,55 +5,67 @@ graph, the tap acts on that, and the graph takes from it the elements that were 
 
 torch.compile stores a tensor that is used twice once more than `realize_reads_threshold` tensors are read for it, and
 sums a row up in another order where it is stored. So the graph must store what stock's does: the changes of a norm are
-one tensor more, for which the threshold is raised (`READS`); those of what enters the first block are one more too, and
-the rows of the embedding are one less than ids and table.
+one tensor more, so all norms of a model read some, tapped or not, and the threshold is raised by one (`read_one_more`);
+those of what enters the first block are one more too, and the rows of the embedding are one less than ids and table.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config
 
 from trimtab.backends.vllm import op
 from trimtab.backends.vllm.live import LiveTap
 from trimtab.backends.vllm.step import Step
+from trimtab.errors import BackendError
 
-READS = {"realize_reads_threshold": 5}
-"""Option of Inductor for a graph that reads the changes of norms; 4 is its default."""
+READS = "realize_reads_threshold"
+"""Option of Inductor: more tensors than that, and what is used twice is stored."""
 _PROBED = 64
 
 
-def correct_norm(norm: nn.Module, live: LiveTap, name: str, step: Step) -> None:
+def read_one_more(options: dict[str, Any]) -> None:
+    """Raise the threshold in Inductor's options, for graphs in which every norm behind a branch is corrected."""
+    options[READS] = 1 + options.get(READS, config.realize_reads_threshold)
+
+
+def correct_norm(norm: nn.Module, name: str, live: LiveTap | None, step: Step) -> None:
     """Have the output of a norm corrected by its tap.
 
     Args:
         norm: it becomes an instance of a subclass of its own class.
-        live: the tap.
-        name: by which graphs find it.
+        name: by which graphs find the tap.
+        live: the tap; None: there is none, and nothing is ever changed.
         step: the tables of the pass.
     """
     stock, changed = taken_over(norm), op.changed
-    native = getattr(type(norm), "forward_native", stock)
-
-    def changes(x: Tensor | None) -> Tensor | None:
-        assert x is not None
-        if not step.active:
-            return None
-        before: Tensor = native(norm, x.reshape(-1, x.shape[-1])[: step.rows.n])
-        after = before.clone()
-        op.site_(after, name)
-        return torch.where(after == before, torch.nan, after)
+    native = getattr(type(norm), "forward_native", stock) if stock is type(norm).forward else stock
 
     def forward(self: nn.Module, x: Tensor) -> Any:
         made = changed(x, name)
         return torch.where(made == made, made, stock(self, x))
 
-    live.beside = changes
     norm.__class__ = subclass(type(norm), forward, stock)
+    if live is not None:
+        live.beside = partial(_changes, partial(native, norm), name, live, step)
+
+
+def _changes(norm: Callable[[Tensor], Tensor], name: str, live: LiveTap, step: Step, x: Tensor | None) -> Tensor | None:
+    """Return the elements that a tap changes in what a norm makes of the rows of a pass, NaN for the others."""
+    if not live.acts:
+        return None
+    assert x is not None
+    before = norm(x.reshape(-1, x.shape[-1])[: step.rows.n])
+    after = before.clone()
+    op.site_(after, name)
+    return torch.where(after == before, torch.nan, after)
 
 
 class Entry:
@@ -62,10 +74,12 @@ class Entry:
     Args:
         acting: "output" and "input" -> name of the tap of what is embedded, and of what enters the block.
         positions: gives what is added to the embedded rows in between; None: nothing is.
+        step: the tables of the pass.
     """
 
-    def __init__(self, acting: Mapping[str, str], positions: Callable[[], Tensor] | None) -> None:
+    def __init__(self, acting: Mapping[str, str], positions: Callable[[], Tensor] | None, step: Step) -> None:
         self._acting = acting
+        self._step = step
         self._positions = positions
         self._changes: Tensor | None = None
 
@@ -82,7 +96,7 @@ class Entry:
     def changes(self, _: Tensor | None = None) -> Tensor | None:
         """Return the elements that the taps changed in this pass, NaN for the others; a second time None."""
         taken, self._changes = self._changes, None
-        return taken
+        return taken if self._step.busy else None  # a pass that failed may have left its own
 
     def _acted(self, side: str, rows: Tensor) -> Tensor:
         if side not in self._acting:
@@ -142,10 +156,20 @@ def taken_over(module: nn.Module) -> Callable[..., Any]:
     """Return a module's own forward, as a function of module and input, and have that of its class count from now on.
 
     vLLM binds another one to the instance where it merges projections of modules of transformers.
+
+    Raises:
+        BackendError: the instance has a function for a forward, as with weights that are offloaded.
     """
-    bound = module.__dict__.pop("forward", None)
-    own: Callable[..., Any] = type(module).forward if bound is None else bound.__func__
-    return own
+    bound = module.__dict__.get("forward")
+    if bound is None:
+        return type(module).forward
+    if not isinstance(bound, MethodType) or bound.__self__ is not module:
+        raise BackendError(
+            f"something else has replaced the forward of a {type(module).__name__} that is to be steered or recorded; "
+            "start the engine without offloading weights (cpu_offload_gb, offload backends)"
+        )
+    del module.__dict__["forward"]
+    return bound.__func__
 
 
 def subclass(cls: type[nn.Module], forward: Callable[..., Any], stock: Callable[..., Any]) -> type[nn.Module]:

@@ -149,6 +149,11 @@ class LiveTap:
         """Whether the next tap may do what it does."""
         return self.tap.joins
 
+    @property
+    def acts(self) -> bool:
+        """Whether it, or one after it, has something to do in this pass."""
+        return self._step.active and self._number <= self._step.last
+
     def enrolled(self, name: str) -> None:
         """Have the CPU kernel run this tap, where there is one: it asks for Python only when a pass needs it."""
         kernel, step, columns = native(), self._step, self.tap.columns or (0, -1)

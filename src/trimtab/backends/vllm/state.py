@@ -463,7 +463,7 @@ class WorkerState:
             counts = self._counts[one.number]
             left.counted = one.counted_ops
             left.counts = counts.cpu().numpy() if isinstance(counts, Tensor) else counts.copy()
-            left.selected = None if one.table is None else one.table.selected(one.cached, one.done)
+            left.selected = one.selected()
         if one.data.capture is not None:
             # where a neighbour in the batch wants both states of a site, both are taken
             held = self.recorder.collect(one.req_id)
@@ -476,8 +476,7 @@ class WorkerState:
 
     def _unrecorded(self, one: Bound, captured: Iterable[tuple[Site, str]]) -> Iterator[str]:
         """Yield the sites of this worker of which no row was recorded where some were selected."""
-        assert one.captured is not None
-        if one.captured.needs_tokens:
+        if one.captured is None or one.captured.needs_tokens:
             return
         found = {site for site, _ in captured}
         lacking = sorted(str(site) for site in one.capture_sites if site in self.tap_of and site not in found)

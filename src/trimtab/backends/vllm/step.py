@@ -156,6 +156,11 @@ class Step:
             self._passes.pop(self._id, None)
 
     @property
+    def last(self) -> int:
+        """Number of the last tap that has something to do in this pass."""
+        return self._control[2]
+
+    @property
     def quiet(self) -> bool:
         """Whether passes that go on from this one need but `goes_on`: the kernel runs every tap, and ends them."""
         python = self._asked or self.prompt_logits or self.measured is not None
@@ -298,12 +303,12 @@ class Step:
         """
         self.active = True
         starts = np.arange(len(req_ids) + 1)
-        before = [(one, one.done, one.counted, one.first) for one in bound.values()]
+        before = [(one, one.done, one.counted, one.first, one.skipped) for one in bound.values()]
         for one in bound.values():
             one.done = one.counted  # as it was before this pass, so that the row counts
         self._fill(bound, req_ids, starts, last, token_ids, len(req_ids))
-        for one, done, counted, first in before:
-            one.done, one.counted, one.first = done, counted, first
+        for one, done, counted, first, skipped in before:
+            one.done, one.counted, one.first, one.skipped = done, counted, first, skipped
         self._measure()
 
     def _fill(
@@ -352,6 +357,8 @@ class Step:
         if one.first:
             one.first, one.cached, one.done = False, start, start
             one.foresee()
+        elif start > one.done:
+            one.skipped = (*one.skipped, (one.done, start))
         one.counted = one.done
         if span.length == 1:  # gains that change at every row come here each time
             self._binding[first] = self.shadow(one.number) if one.done > start else one.number

@@ -40,7 +40,10 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Tap:
-    """One tensor that is read and changed in place. Its last dimension is the site's; those before it are rows."""
+    """One tensor that is read and changed, in place or beside the graph (`fused`).
+
+    Its last dimension is the site's; those before it are rows.
+    """
 
     name: str
     module_path: str

@@ -54,9 +54,9 @@ class SteeredWorker:
             graphs=device.type != "cpu" and not vllm_config.model_config.enforce_eager,
         )
         op.adapt()
-        compiled = device.type == "cpu" and not vllm_config.model_config.enforce_eager
         embeds = runner.supports_mm_inputs or vllm_config.model_config.enable_prompt_embeds
-        self.taps = install(model, self.state, compiled=compiled, embeds=embeds)
+        norms = _fuses(vllm_config, config)
+        self.taps = install(model, self.state, compiled=_compiles(vllm_config), norms=norms, embeds=embeds)
         _mark_graphs(vllm_config, self.taps)
         self.rank = worker.rank
         parallel = vllm_config.parallel_config
@@ -86,18 +86,32 @@ def prepare(vllm_config: Any, config: PluginConfig) -> None:
     Raises:
         SiteError: what is no site pattern.
     """
+    if _fuses(vllm_config, config):
+        fused.read_one_more(vllm_config.compilation_config.inductor_compile_config)
+
+
+def _compiles(vllm_config: Any) -> bool:
+    """Whether the model is compiled for the CPU."""
     cpu = vllm_config.device_config.device_type == "cpu"
-    if cpu and taps.fuses(vllm_config.model_config.hf_config, (*config.sites, *config.capture_sites)):
-        vllm_config.compilation_config.inductor_compile_config.update(fused.READS)
+    return cpu and not vllm_config.model_config.enforce_eager and bool(vllm_config.compilation_config.mode)
 
 
-def install(model: nn.Module, state: WorkerState, *, compiled: bool = False, embeds: bool = False) -> list[LiveTap]:
+def _fuses(vllm_config: Any, config: PluginConfig) -> bool:
+    """Whether norms behind branches have to be corrected beside the graph."""
+    patterns = (*config.sites, *config.capture_sites)
+    return _compiles(vllm_config) and taps.fuses(vllm_config.model_config.hf_config, patterns)
+
+
+def install(
+    model: nn.Module, state: WorkerState, *, compiled: bool = False, norms: bool = False, embeds: bool = False
+) -> list[LiveTap]:
     """Put the taps of a state into a model: each tapped module becomes an instance of a subclass of its own class.
 
     Args:
         model: what the runner holds.
         state: what the taps act on.
-        compiled: whether the model is compiled for the CPU, so that taps of fused tensors must not store them.
+        compiled: whether the model is compiled for the CPU, so that what enters the first block must not be stored.
+        norms: whether the outputs of norms behind branches must not be stored.
         embeds: whether the model is given what is embedded, as a tensor.
 
     Returns:
@@ -106,6 +120,7 @@ def install(model: nn.Module, state: WorkerState, *, compiled: bool = False, emb
     live: list[LiveTap] = []
     by_module: dict[str, list[tuple[taps.Tap, str]]] = {}
     outside, entering = False, dict[str, LiveTap]()
+    untapped = {tap.name: tap for tap in state.map.every_tap if norms and tap.fused == "norm"}
     for tap in state.map.taps(state.recorded):
         module, begins = model.get_submodule(tap.module_path), False
         if tap.fused == "embed" and ((compiled and not embeds) or not (tap.stages or state.map.positions)):
@@ -119,10 +134,13 @@ def install(model: nn.Module, state: WorkerState, *, compiled: bool = False, emb
         name = op.enroll(tap.name, one)
         if begins:
             entering[tap.side] = one
-        elif compiled and tap.fused == "norm":
-            fused.correct_norm(module, one, name, state.step)
+        elif norms and tap.fused == "norm":
+            del untapped[tap.name]
+            fused.correct_norm(module, name, one, state.step)
         else:
             by_module.setdefault(tap.module_path, []).append((tap, name))
+    for tap in untapped.values():
+        fused.correct_norm(model.get_submodule(tap.module_path), f"untapped {tap.name}", None, state.step)
     if outside:
         _begin_outside(model, state, entering)
     for path, listed in by_module.items():
@@ -149,7 +167,7 @@ def _begin_outside(model: Any, state: WorkerState, entering: Mapping[str, LiveTa
         held: dict[str, Any] = table._parameters  # looked at in every pass, where getattr of a module takes longer
         state.table = partial(held.__getitem__, "weight")
     names = {side: op.name_of(one) for side, one in entering.items()}
-    state.enter = entry = fused.Entry(names, positions) if names or positions else None
+    state.enter = entry = fused.Entry(names, positions, state.step) if names or positions else None
     if entry is not None and entering:
         (first,) = (tap for tap in state.map.every_tap if tap.fused == "embed" and tap.argument is not None)
         block, argument = model.get_submodule(first.module_path), first.argument
@@ -177,7 +195,8 @@ def _mark_graphs(config: Any, live: Sequence[LiveTap]) -> None:
             (op.name_of(one), one.tap.module_path, one.tap.side, one.tap.element, one.tap.argument, one.joins)
             for one in live
         ]
-        additional[f"{KEY}_graph"] = hashlib.sha256(repr((op.CALLED, taps)).encode()).hexdigest()
+        beside = [one.beside is not None for one in live]
+        additional[f"{KEY}_graph"] = hashlib.sha256(repr((op.CALLED, taps, beside)).encode()).hexdigest()
 
 
 def _tapped(module: nn.Module, listed: Sequence[tuple[taps.Tap, str]]) -> type[nn.Module]:

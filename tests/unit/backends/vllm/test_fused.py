@@ -15,7 +15,7 @@ from torch._inductor import config as inductor
 from trimtab.backends.vllm import fused, op
 from trimtab.backends.vllm.step import Step
 from trimtab.backends.vllm.taps import fuses
-from trimtab.errors import SiteError
+from trimtab.errors import BackendError, SiteError
 from trimtab.testing import models
 
 WIDTH, ROWS = 64, 5
@@ -27,13 +27,18 @@ class Doubling:
 
     joins = False
 
-    def __init__(self) -> None:
+    def __init__(self, step: Step) -> None:
+        self.step, self.last = step, True
         self.beside: Callable[[Tensor | None], Tensor | None] = lambda _: None
         self.seen: list[Tensor] = []
 
     def __call__(self, x: Tensor, before: Tensor | None = None) -> None:
         self.seen.append(x.clone())
         x[1] *= 2
+
+    @property
+    def acts(self) -> bool:
+        return self.step.active and self.last
 
     def enrolled(self, name: str) -> None:
         self.name = name
@@ -69,6 +74,12 @@ def drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
 
 
+def options() -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    fused.read_one_more(made)
+    return made
+
+
 @pytest.fixture(autouse=True)
 def compiled_anew() -> Iterator[None]:
     torch.compiler.reset()
@@ -85,15 +96,15 @@ def step() -> Iterator[Step]:
 
 
 @pytest.fixture
-def live() -> Doubling:
-    made: Any = Doubling()
+def live(step: Step) -> Doubling:
+    made: Any = Doubling(step)
     op.enroll("tests.fused", made)
     return made
 
 
 def corrected(live: Any, step: Step) -> Block:
     block = Block()
-    fused.correct_norm(block.norm, live, live.name, step)
+    fused.correct_norm(block.norm, live.name, live, step)
     return block
 
 
@@ -104,7 +115,7 @@ def test_a_compiled_norm_keeps_what_it_is_fused_with_but_in_rows_that_its_tap_ch
     stock = torch.compile(Block(), fullgraph=True)(x, residual)
     assert not torch.equal(stock, Block()(x, residual)), "nothing is rounded in between where it is fused"
     block = corrected(live, step)
-    with inductor.patch(fused.READS):
+    with inductor.patch(options()):
         compiled = torch.compile(block, fullgraph=True)
         assert torch.equal(compiled(x, residual), stock)
     assert live.seen == []
@@ -132,7 +143,7 @@ def test_a_tap_that_leaves_what_it_is_given_changes_no_bit(live: Doubling, step:
     stock = torch.compile(Block(), fullgraph=True)(x, residual)
     block = corrected(live, step)
     step.active = True
-    with inductor.patch(fused.READS):
+    with inductor.patch(options()):
         compiled = torch.compile(block, fullgraph=True)
         x[1] = 0  # doubled, it is what it was
         stock = torch.compile(Block(), fullgraph=True)(x, residual)
@@ -142,12 +153,12 @@ def test_a_tap_that_leaves_what_it_is_given_changes_no_bit(live: Doubling, step:
 
 @pytest.mark.parametrize("by_name", [True, False])
 def test_what_enters_a_block_is_corrected_in_one_pass_and_no_other(by_name: bool, live: Any, step: Step) -> None:
-    block, plain, entry = Block(), Block(), fused.Entry({"input": live.name}, None)
+    block, plain, entry = Block(), Block(), fused.Entry({"input": live.name}, None, step)
     fused.correct_entry(block, (0, "hidden_states"), live, entry, live.name)
     x, residual = drawn(ROWS, WIDTH, seed=2), drawn(ROWS, WIDTH, seed=3)
     entry(x[:3])
-    assert torch.equal(block(x, residual), plain(x, residual)), "no pass is running"
-    step.active = True
+    assert torch.equal(block(x, residual), plain(x, residual)), "nothing is to be done in this pass"
+    step.busy = True
     assert torch.equal(entry(x[:3]), x[:3] * torch.tensor([[1], [2], [1]]))
     again = x.clone()
     again[1] *= 2
@@ -160,10 +171,11 @@ def test_what_enters_a_block_is_corrected_in_one_pass_and_no_other(by_name: bool
     assert torch.equal(run(), plain(x, residual))
 
 
-def test_what_is_embedded_is_changed_before_positions_are_added_and_what_enters_after(live: Any) -> None:
+def test_what_is_embedded_is_changed_before_positions_are_added_and_what_enters_after(live: Any, step: Step) -> None:
+    step.busy = True
     embedded, positions = drawn(3, WIDTH, seed=2), drawn(ROWS, WIDTH, seed=3)
     added = positions[:3]
-    plain = fused.Entry({}, lambda: positions)
+    plain = fused.Entry({}, lambda: positions, step)
     assert torch.equal(plain(embedded), embedded + added)
     assert plain.changes() is None
     for acting, expected in {
@@ -171,7 +183,7 @@ def test_what_is_embedded_is_changed_before_positions_are_added_and_what_enters_
         ("input",): 2 * (embedded[1] + added[1]),
         ("output", "input"): 2 * (2 * embedded[1] + added[1]),
     }.items():
-        entry = fused.Entry(dict.fromkeys(acting, live.name), lambda: positions)
+        entry = fused.Entry(dict.fromkeys(acting, live.name), lambda: positions, step)
         rows = entry(embedded)
         stock = embedded + added
         assert torch.equal(rows, torch.stack([stock[0], expected, stock[2]]))
@@ -188,10 +200,40 @@ def test_a_forward_that_is_bound_to_the_module_is_the_one_that_is_followed(live:
 
     norm, x = Norm(), drawn(ROWS, WIDTH, seed=2)
     norm.forward = MethodType(halved, norm)  # type: ignore[method-assign]
-    fused.correct_norm(norm, live, live.name, step)
+    fused.correct_norm(norm, live.name, live, step)
     assert torch.equal(norm(x), Norm()(x) / 2)
     step.active = True
     assert torch.equal(norm(x)[1], Norm()(x)[1])
+
+
+def test_a_norm_without_a_tap_reads_changes_that_never_come(step: Step) -> None:
+    norm, x = Norm(), drawn(ROWS, WIDTH, seed=2)
+    fused.correct_norm(norm, "tests.untapped", None, step)
+    step.active = True
+    assert torch.equal(norm(x), Norm()(x))
+
+
+def test_a_tap_behind_the_last_that_acts_is_not_computed(live: Doubling, step: Step) -> None:
+    block, x = corrected(live, step), drawn(ROWS, WIDTH, seed=2)
+    step.active, live.last = True, False
+    assert torch.equal(block.norm(x), Norm()(x))
+    assert live.seen == []
+
+
+def test_the_threshold_is_raised_by_one_from_what_it_is() -> None:
+    assert options() == {"realize_reads_threshold": inductor.realize_reads_threshold + 1}
+    given = {"realize_reads_threshold": 8, "dce": True}
+    fused.read_one_more(given)
+    assert given == {"realize_reads_threshold": 9, "dce": True}
+
+
+def test_a_forward_that_something_else_replaced_is_refused() -> None:
+    norm, other = Norm(), Norm()
+    for replaced in (lambda x: x, other.forward):
+        norm.forward = replaced  # type: ignore[method-assign]
+        with pytest.raises(BackendError, match="has replaced the forward of a Norm that is to be steered"):
+            fused.taken_over(norm)
+        assert norm.__dict__["forward"] is replaced
 
 
 def test_only_what_is_a_table_is_looked_up() -> None:

@@ -342,6 +342,26 @@ def test_a_site_of_which_nothing_was_recorded_is_named(positions: str, computed:
     assert left.problems == ((named,) if said else ())
 
 
+def test_a_projection_on_directions_that_nobody_registered_is_a_problem_of_its_own_request() -> None:
+    state, model = steered()
+    capture = CaptureSpec(sites=("layers.0.resid_post",), reduce="projection", directions="f" * 64)
+    bind(state, "r", capture=capture)
+    run(state, model, ["r"], [2], [0])
+    state.release("r")
+    (left,) = state.collect(["r"])["r"]
+    assert left.problems == ("the directions ffffffffffffffff were never registered with this engine",)
+
+
+def test_rows_that_the_prefix_cache_gave_after_a_preemption_are_not_missed() -> None:
+    state, model = steered()
+    bind(state, "r", add(1))
+    for count, computed in ((4, 0), (4, 16), (1, 20)):
+        run(state, model, ["r"], [count], [computed])
+    state.release("r")
+    (left,) = state.collect(["r"])["r"]
+    assert (left.rows, doses(left)[0].rows, doses(left)[0].selected) == (21, 9, 9)
+
+
 def outside(steering: Steering) -> tuple[WorkerState, Model]:
     state, model = steered()
     bind(state, "special", steering, dose="full")

@@ -143,6 +143,7 @@ class RunnerV2:
 
         def begin(batch: Any, embeds: Tensor | None) -> None:
             if state.bound:
+                state.positions = batch.positions
                 state.begin(*rows_of(batch), batch.input_ids[: batch.num_tokens], embeds, held.intermediate)
             else:
                 state.step.blank()
