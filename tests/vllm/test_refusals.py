@@ -255,9 +255,9 @@ def test_a_selection_before_the_prompt_is_refused_alone_and_says_why(name: str, 
 
 
 def test_an_op_that_cannot_act_says_so_and_the_engine_goes_on(found: Any) -> None:
-    problems, beside, rows = found["patch"]
-    assert len(problems) == 1
-    assert "Patch" in problems[0]
+    (why, what), beside, rows = found["patch"]
+    assert why == "Patch: no source row for position 2; the source has 2 positions from 0 to 1"
+    assert what == "0:Patch at layers.1.resid_post acted on 0 rows of the 12 that its positions select"
     assert beside
     assert rows == [0]
 
