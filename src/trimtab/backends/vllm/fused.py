@@ -12,6 +12,7 @@ those of what enters the first block are one more too, and the rows of the embed
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MethodType
@@ -54,7 +55,8 @@ def correct_norm(norm: nn.Module, name: str, live: LiveTap | None, step: Step) -
 
     norm.__class__ = subclass(type(norm), forward, stock)
     if live is not None:
-        live.beside = partial(_changes, partial(native, norm), name, live, step)
+        own: Any = weakref.proxy(live)  # what the tap holds must not hold it
+        live.beside = partial(_changes, partial(native, norm), name, own, step)
 
 
 def _changes(norm: Callable[[Tensor], Tensor], name: str, live: LiveTap, step: Step, x: Tensor | None) -> Tensor | None:

@@ -92,7 +92,7 @@ def step() -> Iterator[Step]:
     made = Step(16, 8, 2, CPU)
     made.rows.n = ROWS - 1
     yield made
-    made.end()
+    made.busy = made.active = False
 
 
 @pytest.fixture
